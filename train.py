@@ -1,0 +1,202 @@
+"""Train a model: one recipe, the same weights on any number of processes.
+
+    accelerate launch train.py                                    # the built-in job, 20 seconds
+    accelerate launch train.py --recipe recipes/digits_resnet.yaml --optim.lr 3e-3
+    accelerate launch --config_file accelerate_configs/multi_gpu.yaml train.py
+    torchrun --nproc_per_node 2 train.py                          # two CPU processes: README
+    python train.py --help
+
+Every option is in --help; --print_config shows the resolved recipe. The batch size is global, the
+loop is below, and changing it is what this file is for.
+"""
+
+import time
+from pathlib import Path
+
+import torch
+
+from trainlib import data, models, optim, plan, runtime, tasks
+from trainlib.batchnorm import BatchStatistics
+from trainlib.checkpoint import export
+from trainlib.config import Options, read, recipe_name, to_yaml
+from trainlib.data import BatchOptions, DataOptions
+from trainlib.evaluate import evaluate, inspect_step
+from trainlib.gradients import StepSums
+from trainlib.guard import Guard, Readback
+from trainlib.models import ModelOptions
+from trainlib.optim import OptimOptions, ScheduleOptions
+from trainlib.progress import LoopOptions, Progress, check_monitor, plan_steps
+from trainlib.runlog import LogOptions, RunLog
+from trainlib.schedule import is_time, lr_multiplier
+from trainlib.tasks import TaskOptions
+
+
+class TrainOptions(Options):
+    run_dir: str | None = None
+    """Folder of the run; none: runs/ and the recipe's name."""
+    seed: int = 0
+    """Seed of the weights, the order of the samples, dropout and augmentation."""
+    deterministic: bool = False
+    """Use only algorithms that give the same bits each time; GPUs get slower."""
+    data: DataOptions = DataOptions()
+    model: ModelOptions = ModelOptions()
+    tasks: dict[str, TaskOptions] = {}
+    batch: BatchOptions = BatchOptions()
+    optim: OptimOptions = OptimOptions()
+    schedule: ScheduleOptions = ScheduleOptions()
+    loop: LoopOptions = LoopOptions()
+    log: LogOptions = LogOptions()
+
+
+def main(arguments: list[str]) -> None:
+    # ---- options and machine ----
+    options = read(TrainOptions, arguments, __doc__)
+    accelerator = runtime.make_accelerator(options.log.trackers, options.deterministic)
+    device, world_size = accelerator.device, accelerator.num_processes
+    batch = options.batch
+
+    # ---- data and tasks ----
+    dataset = data.load(options.data)
+    num_samples = len(dataset.train)
+    task_options = tasks.resolve(options.tasks, dataset.label_names)
+    task_list = tasks.build_tasks(task_options, dataset.label_names)
+    lower_is_better = check_monitor(options.loop.monitor, tasks.metric_names(task_list))
+    total_steps, eval_every, warmup_steps = plan_steps(
+        options.loop, options.schedule.warmup, num_samples, batch.global_size
+    )
+
+    # ---- model and optimizer ----
+    model_options = models.complete(
+        options.model, dataset.input_shape, len(task_list[0].label_names)
+    )
+    torch.manual_seed(options.seed)
+    module = models.build_model(model_options).train()
+    task_list[0].check_model(module, dataset.train.inputs[:2])
+    module.to(device)
+    optimizer = optim.build_optimizer(options.optim, module)
+
+    # ---- run folder: nothing is written before everything above has been accepted ----
+    run_dir = Path(options.run_dir or f"runs/{recipe_name(arguments)}")
+    config = to_yaml(options.model_copy(update={"model": model_options, "tasks": task_options}))
+    label_names = {task.name: task.label_names for task in task_list}
+    folder = runtime.RunFolder(run_dir, accelerator, config)
+    run_log = RunLog(
+        accelerator, run_dir, options.log, config, total_steps, batch.global_size, num_samples
+    )
+    run_log.say(plan.idle_warning(batch.global_size, batch.micro_size, world_size))
+
+    # ---- the parts of a step ----
+    batch_statistics = BatchStatistics(module)
+    model, prepared = accelerator.prepare(module, optimizer)
+    module = accelerator.unwrap_model(model)
+    optimizer = prepared.optimizer  # the wrapper costs a fifth of a small step and hides the scaler
+    scaler = accelerator.scaler
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    max_grad_norm = options.optim.max_grad_norm or float("inf")
+    seed_generators = runtime.make_seeder(device)
+    assignments = plan.assign(
+        batch.global_size, batch.micro_size, accelerator.process_index, world_size
+    )
+    num_micro_batches = plan.num_micro_batches(batch.global_size, batch.micro_size)
+    batch_plan = plan.BatchPlan(num_samples, batch.global_size, options.seed)
+    reader = data.Reader(dataset.train, batch_plan, assignments, device)
+    validation = dataset.validation.to(device)
+    exact_sum = batch.exact_sum if batch.exact_sum is not None else device.type == "cpu"
+    sums = StepSums(
+        accelerator, model, {"loss": len(task_list), "batch_norm": batch_statistics.size},
+        exact_sum, len(assignments),
+    )
+    guard = Guard(
+        optimizer, device, scaler is not None,
+        run_dir / "bad_steps.jsonl" if accelerator.is_main_process else None,
+        lambda step: inspect_step(module, reader, task_list, step),
+    )
+    readback = Readback(device)
+    state = Progress()
+    best_results = {}
+
+    def peak_share(step: int) -> float:
+        return lr_multiplier(
+            options.schedule.name, step, total_steps, warmup_steps, options.schedule.final_fraction
+        )
+
+    def objective(output, micro_batch):
+        """The micro-batch's share of the step's loss, and each task's sum of losses."""
+        # Divided by the count of the whole global batch: sums add up over micro-batches and
+        # processes, means of means do not.
+        loss_sums = [task.losses(output, micro_batch.targets).sum() for task in task_list]
+        shares = [task.weight / batch.global_size for task in task_list]
+        loss = sum(s * share for s, share in zip(loss_sums, shares, strict=True))
+        return loss, loss_sums
+
+    # ---- loop ----
+    # twin loop: begin
+    is_stopped = False
+    while state.step < total_steps and not is_stopped:
+        # twin step: begin
+        step = state.step
+        lr = optim.set_learning_rate(optimizer, options.optim.lr * peak_share(step))
+        sums.clear()
+        batch_statistics.begin()
+        for micro_batch in reader.take(step):
+            seed_generators(plan.mix(options.seed, step, micro_batch.number))
+            with sums.no_sync(micro_batch.is_last):
+                output = model(micro_batch.inputs)
+                loss, loss_sums = objective(output, micro_batch)
+                accelerator.backward(loss * sums.loss_scale(micro_batch.is_real))
+            sums.add_gradients(micro_batch.is_real)
+            sums.add("loss", loss_sums, micro_batch.is_real)
+            batch_statistics.add_to(sums["batch_norm"], micro_batch.is_real)
+        sums.reduce()
+        mean_losses = sums["loss"] / batch.global_size
+        grad_norm = accelerator.clip_grad_norm_(parameters, max_grad_norm)
+        if guard.allows(mean_losses, grad_norm):
+            if scaler is None:
+                optimizer.step()
+            else:  # fp16: the gradients were unscaled before clipping
+                scaler.step(optimizer)
+        if scaler is not None:
+            scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        batch_statistics.finish(sums["batch_norm"], num_micro_batches, guard.healthy)
+        state.step += 1
+        # twin step: end
+
+        evaluates = is_time(state.step, eval_every, total_steps)
+        for record in readback.push(step, lr, mean_losses, grad_norm, flush=evaluates):
+            run_log.say(guard.observe(record))
+            if is_time(record.step + 1, options.log.every, total_steps):
+                run_log.training(record, task_list)
+        if evaluates:
+            started = time.perf_counter()
+            results = evaluate(module, validation, task_list, batch.eval_size, accelerator)
+            metrics = tasks.logged_metrics(task_list, results)
+            improved = state.observe(metrics[options.loop.monitor], lower_is_better)
+            if improved:
+                best_results = results
+                if accelerator.is_main_process:
+                    export(run_dir / "best", module, config, label_names)
+            run_log.evaluation(state.step, metrics, improved, time.perf_counter() - started)
+            is_stopped = state.is_out_of_patience(options.loop.patience)
+    # twin loop: end
+
+    # ---- end ----
+    if accelerator.is_main_process:
+        export(run_dir / "final", module, config, label_names)
+    run_log.close()
+    folder.step = state.step
+    for task in task_list:
+        if best_results:
+            run_log.say(f"\n{task.name}, validation, best weights (step {state.best_step}):\n"
+                        + task.report(best_results[task.name]))
+    if is_stopped:
+        run_log.say(f"\nstopped early at step {state.step} of {total_steps}: "
+                    f"{options.loop.monitor} has not improved {options.loop.patience} times in a "
+                    f"row. The best weights, of step {state.best_step}, are the result.")
+    run_log.say(f"\n{run_dir}: best/ holds the weights with the best {options.loop.monitor} "
+                f"({state.best_value}, step {state.best_step}), final/ those at the end. Load "
+                f'them with trainlib.models.load_model("{run_dir}").')
+
+
+if __name__ == "__main__":
+    runtime.run(main)

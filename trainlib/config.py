@@ -1,0 +1,258 @@
+"""One typed, strict mapping: defaults < recipes < flags.
+
+Every module declares the options it reads as an ``Options`` class; the sentence under a field is
+its documentation, in ``--help`` and nowhere else. This module merges recipes and flags as plain
+mappings, validates once, and reports all mistakes together. It knows no option by name.
+"""
+
+import difflib
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+
+class UserError(Exception):
+    """A mistake the user can mend: reported without a traceback, exit code 2."""
+
+    exit_code = 2
+
+
+class Options(BaseModel):
+    """Base of every group of options: immutable, and strict about names."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, coerce_numbers_to_str=True
+    )
+
+
+AnyOptions = TypeVar("AnyOptions", bound=Options)
+
+
+class _RecipeLoader(yaml.SafeLoader):
+    """YAML's safe loader, with 1e-3 read as a number and a key given twice refused."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} stands twice in one mapping", node.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
+# YAML 1.1 wants a dot in a float; people write 1e-3, and YAML 1.2 reads it as a number.
+_RecipeLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def parse_yaml(text: str) -> Any:
+    """The value of a YAML text, by the safe loader.
+
+    Raises:
+        yaml.YAMLError: the text is not YAML, or a mapping holds one key twice.
+    """
+    return yaml.load(text, Loader=_RecipeLoader)  # noqa: S506 - a subclass of SafeLoader
+
+
+def to_yaml(options: Options) -> str:
+    """The options as a recipe that reads back to the same options."""
+    return yaml.safe_dump(options.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def nearest(name: str, candidates: Sequence[str]) -> str:
+    """``"; did you mean 'x'?"`` for the closest candidate, or all candidates if none is close."""
+    close = difflib.get_close_matches(name, candidates, n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; known: {', '.join(sorted(candidates))}" if candidates else ""
+
+
+def merge(base: dict, override: dict) -> dict:
+    """``override`` laid over ``base``, mapping by mapping; ``null`` empties a mapping."""
+    merged = dict(base)
+    for key, value in override.items():
+        if isinstance(merged.get(key), dict) and isinstance(value, dict | None):
+            merged[key] = merge(merged[key], value) if value is not None else {}
+        else:
+            merged[key] = value
+    return merged
+
+
+def flatten(mapping: dict, prefix: str = "") -> dict[str, Any]:
+    """The leaves of nested mappings by dotted path; an empty mapping is a leaf."""
+    leaves = {}
+    for key, value in mapping.items():
+        if isinstance(value, dict) and value:
+            leaves |= flatten(value, f"{prefix}{key}.")
+        else:
+            leaves[f"{prefix}{key}"] = value
+    return leaves
+
+
+def read(options_class: type[AnyOptions], arguments: Sequence[str], script: str) -> AnyOptions:
+    """The options that recipes and flags describe; answers ``--help`` and ``--print_config``.
+
+    Args:
+        options_class: the script's composed options.
+        arguments: the command line after the script's name.
+        script: the script's module docstring, shown above the options by ``--help``.
+
+    Raises:
+        UserError: all mistakes of all recipes and flags, a line each.
+        SystemExit: after ``--help`` or ``--print_config``.
+    """
+    mistakes: list[str] = []
+    merged: dict = {}
+    flags: dict = {}
+    print_config = False
+    queue = list(arguments)
+    while queue:
+        word = queue.pop(0)
+        if word in ("--help", "-h"):
+            _print_once(help_text(options_class, script))
+            raise SystemExit(0)
+        if not word.startswith("--"):
+            mistakes.append(f"{word!r}: an option starts with --, as in --optim.lr 1e-3")
+            continue
+        name, has_value, text = word[2:].partition("=")
+        if name == "print_config":
+            print_config = True
+            continue
+        if not has_value:  # a flag without a value is a switch
+            text = queue.pop(0) if queue and not queue[0].startswith("--") else "true"
+        if name == "recipe":
+            merged = merge(merged, _read_recipe(text, mistakes))
+        else:
+            flags = merge(flags, _nested_flag(name, text, mistakes))
+    merged = merge(merged, flags)
+    try:
+        options = options_class.model_validate(merged)
+    except ValidationError as error:
+        mistakes += [_describe(item, options_class) for item in error.errors()]
+    if mistakes:
+        raise UserError("\n".join(mistakes))
+    if print_config:
+        _print_once(to_yaml(options).rstrip())
+        raise SystemExit(0)
+    return options
+
+
+def recipe_name(arguments: Sequence[str]) -> str:
+    """The stem of the last ``--recipe`` on the command line, or ``default``."""
+    paths = [after for word, after in zip(arguments, arguments[1:], strict=False)
+             if word == "--recipe"]
+    paths += [word.partition("=")[2] for word in arguments if word.startswith("--recipe=")]
+    return Path(paths[-1]).stem if paths else "default"
+
+
+def is_first_process() -> bool:
+    """Whether this process speaks for the run before an Accelerator exists."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _print_once(text: str) -> None:
+    if is_first_process():
+        print(text)
+
+
+def _read_recipe(path: str, mistakes: list[str]) -> dict:
+    try:
+        content = parse_yaml(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        mistakes.append(f"--recipe {path}: cannot be read: {error.strerror}")
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mistakes.append(f"--recipe {path}: not valid YAML: {' '.join(str(error).split())}")
+    else:
+        if isinstance(content, dict):
+            return content
+        if content is not None:
+            mistakes.append(f"--recipe {path}: a recipe is a mapping of options, got "
+                            f"{type(content).__name__}")
+    return {}
+
+
+def _nested_flag(name: str, text: str, mistakes: list[str]) -> dict:
+    try:
+        value = parse_yaml(text)
+    except yaml.YAMLError as error:
+        mistakes.append(f"--{name}: {text!r} is not valid YAML: {' '.join(str(error).split())}")
+        return {}
+    for part in reversed(name.split(".")):
+        value = {part: value}
+    return value
+
+
+def _describe(error: dict, options_class: type[Options]) -> str:
+    path = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        known = [leaf for leaf, *_ in describe_options(options_class)]
+        # The group's own names first: lr_rate under optim means optim.lr, not data.source.
+        group = ".".join(path.split(".")[:-1])
+        siblings = [leaf for leaf in known if leaf.rpartition(".")[0] == group]
+        hint = nearest(path, known)
+        if siblings and not hint.startswith("; did"):
+            hint = f"; known here: {', '.join(siblings)}"
+        return f"unknown option {path!r}{hint}"
+    message = error["msg"].removeprefix("Value error, ")
+    given = "" if error["type"] == "missing" else f" (given: {error['input']!r})"
+    return f"{path}: {message}{given}" if path else message
+
+
+def describe_options(
+    options_class: type[Options], prefix: str = ""
+) -> Iterator[tuple[str, str, Any, str]]:
+    """Each option as (dotted name, type, default, sentence), groups flattened in order.
+
+    A mapping of named groups shows as ``tasks.<name>.kind``.
+    """
+    for name, field in options_class.model_fields.items():
+        group, is_mapping = _group_of(field.annotation)
+        if group is None:
+            default = field.get_default(call_default_factory=True)
+            yield f"{prefix}{name}", _type_name(field.annotation), default, field.description or ""
+        else:
+            inner = f"{prefix}{name}.<name>." if is_mapping else f"{prefix}{name}."
+            yield from describe_options(group, inner)
+
+
+def help_text(options_class: type[Options], script: str) -> str:
+    """Every option with its type, default and sentence, grouped."""
+    lines = [script.strip(), "", "--recipe FILE   a YAML recipe; repeatable, later ones win",
+             "--print_config  print the resolved recipe and stop"]
+    group = None
+    for name, kind, default, sentence in describe_options(options_class):
+        if group != (group := name.rpartition(".")[0]):
+            lines += ["", f"{group or 'run'}:"]
+        shown = "none" if default is None else default
+        lines += [f"  --{name}  ({kind}, default: {shown})", f"      {' '.join(sentence.split())}"]
+    return "\n".join(lines)
+
+
+def _group_of(annotation: Any) -> tuple[type[Options] | None, bool]:
+    if isinstance(annotation, type) and issubclass(annotation, Options):
+        return annotation, False
+    if get_origin(annotation) is dict:
+        value = get_args(annotation)[1]
+        if isinstance(value, type) and issubclass(value, Options):
+            return value, True
+    return None, False
+
+
+def _type_name(annotation: Any) -> str:
+    arguments = get_args(annotation)
+    origin = get_origin(annotation)
+    if origin in (Union, UnionType):
+        return " or ".join("none" if a is type(None) else _type_name(a) for a in arguments)
+    if origin is not None and not isinstance(origin, type):  # Literal, Annotated
+        return "|".join(str(a) for a in arguments)
+    if origin is list:
+        return f"list of {_type_name(arguments[0])}"
+    return "mapping" if origin is dict else getattr(annotation, "__name__", str(annotation))

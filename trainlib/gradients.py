@@ -1,0 +1,124 @@
+"""The exact sum over micro-batches and processes, and what rides along with it.
+
+Sums of fp32 values in float64 are exact unless their magnitudes span more than about 2^25, and
+exact sums do not depend on their order: so the gradient of a step is the same, bit for bit,
+however its micro-batches are spread. Forward, backward, clipping and the step stay in the script.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.distributed
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from trainlib.metrics import sum_dtype
+
+_NO_CONTEXT = nullcontext()
+
+
+class StepSums:
+    """The sums of one optimizer step, in one vector and so in one all-reduce.
+
+    The vector holds named parts (losses, batch statistics, flags) and, for the exact sum, every
+    gradient. The exact sum is skipped where a step is one micro-batch on one process.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: nn.Module,
+        sizes: dict[str, int],
+        exact: bool,
+        micro_steps: int,
+    ):
+        """
+        Args:
+            model: as prepared; its trainable parameters are taken now.
+            sizes: length of each named part.
+            exact: sum gradients here; otherwise DDP averages them in fp32.
+            micro_steps: micro-batches a step on each process.
+        """
+        self.accelerator, self.model = accelerator, model
+        self.world_size = accelerator.num_processes
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.sums_gradients = exact and (self.world_size > 1 or micro_steps > 1)
+        self.reduces_elsewhere = self.world_size > 1 and not self.sums_gradients
+        gradients = self.parameters if self.sums_gradients else []
+        # A parameter may get no gradient in a step; the optimizer must then leave it alone, on
+        # every process: one flag each says on how many processes it got one.
+        lengths = [*sizes.values(), len(gradients), *(p.numel() for p in gradients)]
+        device = accelerator.device
+        self.vector = torch.zeros(sum(lengths), dtype=sum_dtype(device), device=device)
+        parts = self.vector.split(lengths)
+        self.parts = dict(zip(sizes, parts, strict=False))
+        self._used = parts[len(sizes)]
+        self._gradients = [
+            part.view_as(p) for part, p in zip(parts[len(sizes) + 1 :], gradients, strict=True)
+        ]
+
+    def __getitem__(self, name: str) -> Tensor:
+        """One named part: this process's sum before ``reduce``, everyone's after it."""
+        return self.parts[name]
+
+    def clear(self) -> None:
+        """Starts a step."""
+        self.vector.zero_()
+
+    def no_sync(self, is_last: bool) -> AbstractContextManager:
+        """Keeps DDP from reducing: always for the exact sum, else on all but the last backward."""
+        if self.world_size == 1 or (is_last and self.reduces_elsewhere):
+            return _NO_CONTEXT
+        return self.accelerator.no_sync(self.model)
+
+    def loss_scale(self, is_real: bool) -> float:
+        """The factor on a loss before backward: DDP averages over processes, this undoes it.
+
+        A repeated micro-batch counts for nothing. Should its gradient be NaN, 0 * NaN stays NaN;
+        but then the process that owns it has the same NaN, and the step is skipped in any case.
+        """
+        if not self.reduces_elsewhere:
+            return 1.0
+        return float(self.world_size) if is_real else 0.0
+
+    def add(self, name: str, values: list[Tensor], is_real: bool) -> None:
+        """Adds scalars to a named part, one an element; those of a repetition are left out."""
+        if is_real:
+            for total, value in zip(self.parts[name].unbind(), values, strict=True):
+                total += value.detach()
+
+    def add_gradients(self, is_real: bool) -> None:
+        """Moves one micro-batch's gradients into the exact sum; otherwise leaves them to DDP."""
+        if not self.sums_gradients:
+            return
+        if is_real:
+            gradients = [p.grad for p in self.parameters]
+            if None in gradients:
+                pairs = [(i, g) for i, g in enumerate(gradients) if g is not None]
+                self._used[[i for i, _ in pairs]] = 1
+                torch._foreach_add_([self._gradients[i] for i, _ in pairs], [g for _, g in pairs])
+            else:
+                self._used.fill_(1)
+                torch._foreach_add_(self._gradients, gradients)
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def reduce(self) -> None:
+        """Sums the vector over all processes and writes the exact gradients, cast once."""
+        local_use = self._used.clone() if self.sums_gradients else None
+        if self.world_size > 1:
+            torch.distributed.all_reduce(self.vector)
+        if not self.sums_gradients:
+            return
+        unused: set[int] = set()
+        # Reading the flags waits for the device, so it is done only where a gradient is missing:
+        # what this process has used, somebody has.
+        if self._missing(local_use):
+            unused = set((self._used == 0).nonzero().flatten().tolist())
+        for index, (parameter, total) in enumerate(
+            zip(self.parameters, self._gradients, strict=True)
+        ):
+            parameter.grad = None if index in unused else total.to(parameter.dtype)
+
+    def _missing(self, local_use: Tensor | None) -> bool:
+        return local_use is not None and not bool(local_use.all())

@@ -1,0 +1,144 @@
+"""The guard: no step with a non-finite loss or gradient changes anything.
+
+Its verdict rests on values that all processes share, so all skip alike. On a CPU it is a host
+read; on an accelerator the fused optimizers read a device flag, and the host learns of a skipped
+step one step late, so that a normal step never waits for the device.
+"""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+MAX_BAD_STEPS_IN_A_ROW = 10
+
+
+class Diverged(Exception):
+    """Training cannot go on: exit code 3."""
+
+    exit_code = 3
+
+
+class StepRecord(NamedTuple):
+    """What one step reported, on the host."""
+
+    step: int
+    lr: float
+    mean_losses: list[float]
+    grad_norm: float
+
+    @property
+    def is_finite(self) -> bool:
+        return all(map(math.isfinite, [*self.mean_losses, self.grad_norm]))
+
+
+class Readback:
+    """Brings each step's values to the host: at once on a CPU, one step late elsewhere."""
+
+    def __init__(self, device: torch.device):
+        self.is_late = device.type == "cuda"
+        self._pending: list[tuple[int, float, Tensor, object]] = []
+
+    def push(
+        self, step: int, lr: float, mean_losses: Tensor, grad_norm: Tensor, flush: bool
+    ) -> list[StepRecord]:
+        """Hands a step's values over.
+
+        Args:
+            mean_losses: [tasks]; grad_norm: scalar.
+            flush: wait for this very step, too.
+
+        Returns:
+            The records that are on the host now, oldest first.
+        """
+        values = torch.cat([mean_losses, grad_norm.to(mean_losses.dtype).view(1)])
+        event = None
+        if self.is_late:
+            values = values.to("cpu", non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        self._pending.append((step, lr, values, event))
+        records = []
+        while len(self._pending) > (1 if self.is_late and not flush else 0):
+            step, lr, values, event = self._pending.pop(0)
+            if event is not None:
+                event.synchronize()
+            *losses, norm = values.tolist()
+            records.append(StepRecord(step, lr, losses, norm))
+        return records
+
+
+class Guard:
+    """Decides each step's update, keeps the list of bad steps, and ends a diverged run."""
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        device: torch.device,
+        has_scaler: bool,
+        bad_steps_file: Path | None,
+        inspect_step: Callable[[int], dict],
+    ):
+        """
+        Args:
+            optimizer: unwrapped.
+            has_scaler: fp16, where the scaler itself skips.
+            bad_steps_file: written by the process that has one.
+            inspect_step: names the samples of a step, for the list.
+        """
+        self.optimizer, self.has_scaler = optimizer, has_scaler
+        self.bad_steps_file, self.inspect_step = bad_steps_file, inspect_step
+        is_fused = all(group.get("fused") for group in optimizer.param_groups)
+        # Optimizers that are not fused ignore found_inf or raise on it: for them the host reads.
+        self.on_device = device.type == "cuda" and (is_fused or has_scaler)
+        self.healthy: bool | Tensor = True
+        self.bad_in_a_row = 0
+
+    def allows(self, losses: Tensor, grad_norm: Tensor) -> bool:
+        """Whether the script may call ``optimizer.step()``; ``healthy`` holds the verdict.
+
+        With the flag on the device the answer is always yes, and the optimizer itself skips.
+        """
+        finite = losses.isfinite().all() & grad_norm.isfinite()
+        if not self.on_device:
+            self.healthy = bool(finite)
+            return self.healthy
+        self.healthy = finite
+        if not self.has_scaler:
+            self.optimizer.found_inf = (~finite).float()
+            self.optimizer.grad_scale = None
+        return True
+
+    def observe(self, record: StepRecord) -> str | None:
+        """Takes note of a step.
+
+        Returns:
+            A line about a skipped step, for the log.
+
+        Raises:
+            Diverged: too many skipped steps in a row.
+        """
+        if record.is_finite:
+            self.bad_in_a_row = 0
+            return None
+        self.bad_in_a_row += 1
+        what = "loss" if not all(map(math.isfinite, record.mean_losses)) else "gradient"
+        line = f"step {record.step}: the {what} is not finite; update skipped on all processes"
+        if self.bad_steps_file is not None:
+            details = self.inspect_step(record.step)
+            entry = {"step": record.step, "reason": what} | details
+            with self.bad_steps_file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+            if details["suspects"]:
+                line += f"; non-finite loss in row {', '.join(map(str, details['suspects']))}"
+            line += f" ({self.bad_steps_file.name})"
+        if self.bad_in_a_row >= MAX_BAD_STEPS_IN_A_ROW:
+            raise Diverged(
+                f"{line}. {self.bad_in_a_row} steps in a row: training has diverged; lower "
+                "--optim.lr, or look at the samples named there"
+            )
+        return line

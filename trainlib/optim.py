@@ -1,0 +1,107 @@
+"""Optimizers by name, parameter groups, and the learning rate of a step.
+
+Options of the optimizer and of the schedule live here; the schedule's shapes are in
+``schedule``. Nothing here steps anything.
+"""
+
+import inspect
+from typing import Annotated, Any
+
+import torch
+from pydantic import AfterValidator, Field
+from torch import nn
+
+from trainlib.config import Options, UserError, nearest
+from trainlib.schedule import SHAPES, check_duration
+
+
+class OptimOptions(Options):
+    name: str = "adamw"
+    """Which optimizer: a class of torch.optim, in lower case."""
+    lr: float = Field(1e-3, gt=0)
+    """Peak learning rate; never scaled by the number of processes."""
+    weight_decay: float = Field(0.01, ge=0)
+    """Weight decay of matrices and kernels; biases and norms have none."""
+    args: dict[str, Any] = {}
+    """Further arguments of the optimizer, such as betas or momentum."""
+    max_grad_norm: float | None = Field(1.0, gt=0)
+    """Gradients are scaled down to this global norm; none: never."""
+
+
+def _known_shape(name: str) -> str:
+    if name not in SHAPES:
+        raise ValueError(f"unknown schedule{nearest(name, list(SHAPES))}")
+    return name
+
+
+class ScheduleOptions(Options):
+    name: Annotated[str, AfterValidator(_known_shape)] = "cosine"
+    """How the learning rate falls after warm-up: constant, linear or cosine."""
+    warmup: Annotated[str, AfterValidator(check_duration)] = "5%"
+    """How long it rises first, as "100 steps", "1 epoch" or a share of the run."""
+    final_fraction: float = Field(0.0, ge=0, le=1)
+    """The share of the peak that it falls to just after the last step."""
+
+
+OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
+    name.lower(): value
+    for name, value in vars(torch.optim).items()
+    # LBFGS evaluates the loss several times a step, SparseAdam takes sparse gradients only.
+    if isinstance(value, type) and issubclass(value, torch.optim.Optimizer)
+    and name not in ("Optimizer", "LBFGS", "SparseAdam")
+}
+_SET_ELSEWHERE = ("params", "lr", "weight_decay")
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Trainable parameters in two groups: matrices and kernels decay, biases and norms do not."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(options: OptimOptions, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer over the model's trainable parameters, fused where torch has it.
+
+    Raises:
+        UserError: an unknown name, an argument that the class does not take or refuses, nothing
+            to train.
+    """
+    if options.name not in OPTIMIZERS:
+        raise UserError(
+            f"optim.name: unknown {options.name!r}{nearest(options.name, list(OPTIMIZERS))}"
+        )
+    optimizer_class = OPTIMIZERS[options.name]
+    takes = [name for name in inspect.signature(optimizer_class).parameters
+             if name not in _SET_ELSEWHERE]
+    for name in options.args:
+        if name in _SET_ELSEWHERE:
+            raise UserError(f"optim.args: set {name!r} as --optim.{name}")
+        if name not in takes:
+            raise UserError(
+                f"optim.args: {options.name} does not take {name!r}{nearest(name, takes)}"
+            )
+    groups = parameter_groups(model, options.weight_decay)
+    if not groups:
+        raise UserError("the model has no trainable parameters")
+    if "weight_decay" not in inspect.signature(optimizer_class).parameters:
+        if options.weight_decay:
+            raise UserError(f"optim.weight_decay: {options.name} has none; set it to 0")
+        groups = [{"params": group["params"]} for group in groups]
+    device = groups[0]["params"][0].device.type
+    # torch fuses these four; on other devices than these it raises.
+    fused = {"fused": True} if "fused" in takes and device in ("cpu", "cuda") else {}
+    try:
+        return optimizer_class(groups, lr=options.lr, **(fused | options.args))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"optim: {options.name} refuses its arguments: {error}") from error
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> float:
+    """Gives every group the rate and returns it."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    return lr

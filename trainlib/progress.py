@@ -1,0 +1,81 @@
+"""How long a run is, where it stands, and when it has stopped improving."""
+
+import math
+from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import AfterValidator, Field
+
+from trainlib.config import Options, UserError, nearest
+from trainlib.schedule import check_duration, duration_steps
+
+Duration = Annotated[str, AfterValidator(check_duration)]
+
+
+class LoopOptions(Options):
+    duration: Duration = "20 epochs"
+    """Length of the run, as "20 epochs" or "500 steps"."""
+    eval_every: Duration = "1 epoch"
+    """Time between evaluations, as "1 epoch", "100 steps" or "5%" of the run; also at the end."""
+    monitor: str = "eval/accuracy"
+    """The logged key that decides which weights are best; less is better for a loss."""
+    patience: int | None = Field(None, ge=1)
+    """Stop after so many evaluations without a new best; none: never."""
+
+
+@dataclass
+class Progress:
+    """Where a run stands: all that early stopping and the choice of the best weights rest on."""
+
+    step: int = 0
+    best_value: float | None = None
+    best_step: int = 0
+    evaluations_since_best: int = 0
+
+    def observe(self, value: float, lower_is_better: bool) -> bool:
+        """Takes an evaluation's value in and says whether it is the best so far."""
+        improved = math.isfinite(value) and (
+            self.best_value is None
+            or (value < self.best_value if lower_is_better else value > self.best_value)
+        )
+        self.evaluations_since_best = 0 if improved else self.evaluations_since_best + 1
+        if improved:
+            self.best_value, self.best_step = value, self.step
+        return improved
+
+    def is_out_of_patience(self, patience: int | None) -> bool:
+        """Whether so many evaluations in a row brought no new best."""
+        return patience is not None and self.evaluations_since_best >= patience
+
+
+def check_monitor(monitor: str, names: list[str]) -> bool:
+    """Whether less of the monitored key is better.
+
+    Raises:
+        UserError: no evaluation logs that key.
+    """
+    if monitor not in names:
+        raise UserError(f"loop.monitor: unknown key {monitor!r}{nearest(monitor, names)}")
+    return monitor.endswith("loss")
+
+
+def plan_steps(
+    loop: LoopOptions, warmup: str, num_samples: int, global_size: int
+) -> tuple[int, int, int]:
+    """The run's length, the time between evaluations, and the warm-up, all in steps.
+
+    Raises:
+        UserError: a run without a step, or a warm-up as long as the run.
+    """
+    try:
+        total_steps = duration_steps(loop.duration, num_samples, global_size)
+    except ValueError as error:
+        raise UserError(f"loop.duration: {error}") from error
+    if total_steps < 1:
+        raise UserError(f"loop.duration: {loop.duration!r} is less than one step")
+    eval_every = max(1, duration_steps(loop.eval_every, num_samples, global_size, total_steps))
+    warmup_steps = duration_steps(warmup, num_samples, global_size, total_steps)
+    if warmup_steps >= total_steps:
+        raise UserError(f"schedule.warmup: {warmup!r} is {warmup_steps} steps, the whole run has "
+                        f"{total_steps}; warm up for less")
+    return total_steps, eval_every, warmup_steps
