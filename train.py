@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import torch
+from pydantic import Field
 
 from trainlib import data, models, optim, plan, runtime, tasks
 from trainlib.batchnorm import BatchStatistics
@@ -38,6 +39,9 @@ class TrainOptions(Options):
     """Seed of the weights, the order of the samples, dropout and augmentation."""
     deterministic: bool = False
     """Use only algorithms that give the same bits each time; GPUs get slower."""
+    cpu_threads: int = Field(1, ge=1)
+    """Threads of each process on a CPU; like the micro size a part of the recipe, because they
+    change the order of sums. To use more cores, launch more processes."""
     data: DataOptions = DataOptions()
     model: ModelOptions = ModelOptions()
     tasks: dict[str, TaskOptions] = {}
@@ -51,7 +55,9 @@ class TrainOptions(Options):
 def main(arguments: list[str]) -> None:
     # ---- options and machine ----
     options = read(TrainOptions, arguments, __doc__)
-    accelerator = runtime.make_accelerator(options.log.trackers, options.deterministic)
+    accelerator = runtime.make_accelerator(
+        options.log.trackers, options.deterministic, options.cpu_threads
+    )
     device, world_size = accelerator.device, accelerator.num_processes
     batch = options.batch
 
@@ -86,9 +92,11 @@ def main(arguments: list[str]) -> None:
     run_log.say(plan.idle_warning(batch.global_size, batch.micro_size, world_size))
 
     # ---- the parts of a step ----
-    batch_statistics = BatchStatistics(module)
+    num_micro_batches = plan.num_micro_batches(batch.global_size, batch.micro_size)
     model, prepared = accelerator.prepare(module, optimizer)
     module = accelerator.unwrap_model(model)
+    # After prepare, which puts other buffers into the module.
+    batch_statistics = BatchStatistics(module, num_micro_batches)
     optimizer = prepared.optimizer  # the wrapper costs a fifth of a small step and hides the scaler
     scaler = accelerator.scaler
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -97,7 +105,6 @@ def main(arguments: list[str]) -> None:
     assignments = plan.assign(
         batch.global_size, batch.micro_size, accelerator.process_index, world_size
     )
-    num_micro_batches = plan.num_micro_batches(batch.global_size, batch.micro_size)
     batch_plan = plan.BatchPlan(num_samples, batch.global_size, options.seed)
     reader = data.Reader(dataset.train, batch_plan, assignments, device)
     validation = dataset.validation.to(device)
@@ -125,9 +132,11 @@ def main(arguments: list[str]) -> None:
         # Divided by the count of the whole global batch: sums add up over micro-batches and
         # processes, means of means do not.
         loss_sums = [task.losses(output, micro_batch.targets).sum() for task in task_list]
-        shares = [task.weight / batch.global_size for task in task_list]
-        loss = sum(s * share for s, share in zip(loss_sums, shares, strict=True))
-        return loss, loss_sums
+        shares = [
+            loss_sum * (task.weight / batch.global_size)
+            for task, loss_sum in zip(task_list, loss_sums, strict=True)
+        ]
+        return sum(shares[1:], start=shares[0]), loss_sums
 
     # ---- loop ----
     # twin loop: begin
@@ -143,7 +152,7 @@ def main(arguments: list[str]) -> None:
             with sums.no_sync(micro_batch.is_last):
                 output = model(micro_batch.inputs)
                 loss, loss_sums = objective(output, micro_batch)
-                accelerator.backward(loss * sums.loss_scale(micro_batch.is_real))
+                accelerator.backward(sums.scaled(loss, micro_batch.is_real))
             sums.add_gradients(micro_batch.is_real)
             sums.add("loss", loss_sums, micro_batch.is_real)
             batch_statistics.add_to(sums["batch_norm"], micro_batch.is_real)
@@ -158,7 +167,7 @@ def main(arguments: list[str]) -> None:
         if scaler is not None:
             scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        batch_statistics.finish(sums["batch_norm"], num_micro_batches, guard.healthy)
+        batch_statistics.finish(sums["batch_norm"], guard.healthy)
         state.step += 1
         # twin step: end
 

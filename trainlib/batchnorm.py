@@ -15,15 +15,22 @@ from trainlib.metrics import sum_dtype
 
 
 class BatchStatistics:
-    """The running statistics of all BatchNorm modules that train."""
+    """The running statistics of all BatchNorm modules that train.
 
-    def __init__(self, model: nn.Module):
+    A step of a single micro-batch is left to the modules, since every process then runs that
+    very micro-batch; here only a skipped step is undone.
+    """
+
+    def __init__(self, model: nn.Module, num_micro_batches: int):
         """
         Args:
             model: in training mode; modules whose statistics are frozen (in eval mode, or not
-                tracking) are left alone. The others' momentum is set to 1, which makes a
-                forward write its batch's own statistics.
+                tracking) are left alone. With several micro-batches the others' momentum is set
+                to 1, which makes a forward write its batch's own statistics.
+            num_micro_batches: of a step, on all processes together.
         """
+        self.num_micro_batches = num_micro_batches
+        self.captures = num_micro_batches > 1
         self.modules = [
             module for module in model.modules()
             if isinstance(module, _BatchNorm) and module.track_running_stats and module.training
@@ -38,10 +45,11 @@ class BatchStatistics:
                 self._has_cumulative = True
             fill = math.nan if module.momentum is None else module.momentum
             momenta += [torch.full_like(b, fill, dtype=sum_dtype(b.device)) for b in buffers]
-            module.momentum = 1.0
+            if self.captures:
+                module.momentum = 1.0
         self.sizes = [buffer.numel() for buffer in self.running]
-        self.size = sum(self.sizes)
-        if self.size:
+        self.size = sum(self.sizes) if self.captures else 0
+        if self.modules:
             self._momentum = torch.cat(momenta)
             self._before = torch.cat(self.running)
             self._num_tracked = [module.num_batches_tracked for module in self.modules]
@@ -49,8 +57,9 @@ class BatchStatistics:
 
     def begin(self) -> None:
         """Puts the running statistics aside for one step."""
-        if self.size:
+        if self.modules:
             torch.cat(self.running, out=self._before)
+        if self.size:
             torch._foreach_zero_(self.running)
 
     def add_to(self, sums: Tensor, is_real: bool) -> None:
@@ -67,27 +76,38 @@ class BatchStatistics:
         # With momentum 1 the next forward computes 0 * old + batch: an infinite old would spoil it.
         torch._foreach_zero_(self.running)
 
-    def finish(self, sums: Tensor, num_micro_batches: int, healthy: bool | Tensor) -> None:
+    def finish(self, sums: Tensor, healthy: bool | Tensor) -> None:
         """Blends the step's average into the running statistics, or restores them.
 
         Args:
             sums: [size] over all micro-batches and processes.
-            num_micro_batches: of the whole step.
             healthy: False, or a device flag that is false, leaves no trace of the step.
         """
-        if not self.size:
+        if not self.modules:
             return
-        momentum = self._momentum
-        if self._has_cumulative:
-            cumulative = [1 / (n.to(momentum.dtype) + 1) for n in self._num_steps for _ in range(2)]
-            momentum = torch.where(momentum.isnan(), torch.cat(
-                [c.expand(n) for c, n in zip(cumulative, self.sizes, strict=True)]), momentum)
-        blended = self._before + momentum * (sums / num_micro_batches - self._before)
+        if not self.captures and healthy is True:
+            return
+        blended = self._blend(sums) if self.captures else torch.cat(self.running)
         if isinstance(healthy, Tensor):
             blended = torch.where(healthy, blended, self._before)
         elif not healthy:
             blended = self._before
         torch._foreach_copy_(self.running, list(blended.split(self.sizes)))
-        for count in self._num_steps:
-            count += healthy
-        torch._foreach_copy_(self._num_tracked, self._num_steps)
+        for tracked, count in zip(self._num_tracked, self._num_steps, strict=True):
+            if self.captures:
+                count += healthy
+                tracked.copy_(count)
+            else:  # the module has counted the step already
+                tracked -= 1 - int(healthy) if isinstance(healthy, bool) else (~healthy).long()
+
+    def _blend(self, sums: Tensor) -> Tensor:
+        momentum = self._momentum
+        if self._has_cumulative:
+            cumulative = torch.cat([
+                (1 / (count.to(momentum.dtype) + 1)).expand(size)
+                for count, size in zip(
+                    (c for c in self._num_steps for _ in range(2)), self.sizes, strict=True
+                )
+            ])
+            momentum = torch.where(momentum.isnan(), cumulative, momentum)
+        return self._before + momentum * (sums / self.num_micro_batches - self._before)

@@ -71,15 +71,15 @@ class StepSums:
             return _NO_CONTEXT
         return self.accelerator.no_sync(self.model)
 
-    def loss_scale(self, is_real: bool) -> float:
-        """The factor on a loss before backward: DDP averages over processes, this undoes it.
+    def scaled(self, loss: Tensor, is_real: bool) -> Tensor:
+        """The loss to go backward from: DDP averages over processes, this undoes it.
 
         A repeated micro-batch counts for nothing. Should its gradient be NaN, 0 * NaN stays NaN;
         but then the process that owns it has the same NaN, and the step is skipped in any case.
         """
         if not self.reduces_elsewhere:
-            return 1.0
-        return float(self.world_size) if is_real else 0.0
+            return loss
+        return loss * (self.world_size if is_real else 0)
 
     def add(self, name: str, values: list[Tensor], is_real: bool) -> None:
         """Adds scalars to a named part, one an element; those of a repetition are left out."""

@@ -41,7 +41,7 @@ class Readback:
 
     def __init__(self, device: torch.device):
         self.is_late = device.type == "cuda"
-        self._pending: list[tuple[int, float, Tensor, object]] = []
+        self._pending: list[tuple[int, float, Tensor, torch.cuda.Event]] = []
 
     def push(
         self, step: int, lr: float, mean_losses: Tensor, grad_norm: Tensor, flush: bool
@@ -55,18 +55,17 @@ class Readback:
         Returns:
             The records that are on the host now, oldest first.
         """
+        if not self.is_late:
+            return [StepRecord(step, lr, mean_losses.tolist(), grad_norm.item())]
         values = torch.cat([mean_losses, grad_norm.to(mean_losses.dtype).view(1)])
-        event = None
-        if self.is_late:
-            values = values.to("cpu", non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
+        values = values.to("cpu", non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
         self._pending.append((step, lr, values, event))
         records = []
-        while len(self._pending) > (1 if self.is_late and not flush else 0):
+        while len(self._pending) > (0 if flush else 1):
             step, lr, values, event = self._pending.pop(0)
-            if event is not None:
-                event.synchronize()
+            event.synchronize()
             *losses, norm = values.tolist()
             records.append(StepRecord(step, lr, losses, norm))
         return records
@@ -103,11 +102,10 @@ class Guard:
 
         With the flag on the device the answer is always yes, and the optimizer itself skips.
         """
-        finite = losses.isfinite().all() & grad_norm.isfinite()
         if not self.on_device:
-            self.healthy = bool(finite)
+            self.healthy = all(map(math.isfinite, [*losses.tolist(), grad_norm.item()]))
             return self.healthy
-        self.healthy = finite
+        self.healthy = finite = losses.isfinite().all() & grad_norm.isfinite()
         if not self.has_scaler:
             self.optimizer.found_inf = (~finite).float()
             self.optimizer.grad_scale = None

@@ -30,21 +30,14 @@ def mix(*words: int) -> int:
     return key
 
 
-def _mix_arrays(key: np.ndarray, word: np.ndarray | np.uint64) -> np.ndarray:
-    """``mix`` continued by one word, element by element, on uint64 arrays."""
-    key = key + word + np.uint64(_GOLDEN)
-    key = (key ^ (key >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    key = (key ^ (key >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return key ^ (key >> np.uint64(31))
-
-
-def permute(positions: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
+def permute(positions: np.ndarray, size: int, round_keys: np.ndarray) -> np.ndarray:
     """Where a keyed bijection of [0, size) sends each position, in O(1) memory.
 
     Args:
         positions: [n] integers in [0, size).
         size: the number of samples, >= 1.
-        keys: [n] uint64; positions with equal keys share one permutation.
+        round_keys: [n, rounds] uint64, or [1, rounds] for all; positions with equal keys share
+            one permutation.
 
     Returns:
         [n] int64.
@@ -53,24 +46,27 @@ def permute(positions: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
     with Arbitrary Finite Domains", sections 4 and 5: cycle walking and generalised Feistel).
     """
     bits = max(size - 1, 1).bit_length()  # the smallest power of two >= size: a domain < 2 * size
-    out = positions.astype(np.uint64)
-    walking = np.arange(len(out))
+    out = _feistel(positions.astype(np.uint64), bits, round_keys)
+    walking = np.flatnonzero(out >= size)
     while len(walking):
-        out[walking] = _feistel(out[walking], bits, keys[walking])
-        walking = walking[out[walking] >= np.uint64(size)]
+        keys = round_keys if len(round_keys) == 1 else round_keys[walking]
+        out[walking] = moved = _feistel(out[walking], bits, keys)
+        walking = walking[moved >= size]
     return out.astype(np.int64)
 
 
-def _feistel(values: np.ndarray, bits: int, keys: np.ndarray) -> np.ndarray:
+def _feistel(values: np.ndarray, bits: int, round_keys: np.ndarray) -> np.ndarray:
     low_bits = bits // 2
     high_bits = bits - low_bits
-    for round_number in range(_ROUNDS):
+    for key in round_keys.T:
         # The low half moves up unchanged; the high half is masked by it and moves down. The
         # halves' widths change places each round, so no bit of an odd width is lost.
         low = values & np.uint64((1 << low_bits) - 1)
-        high = values >> np.uint64(low_bits)
-        noise = _mix_arrays(_mix_arrays(keys, np.uint64(round_number)), low)
-        masked = high ^ (noise & np.uint64((1 << high_bits) - 1))
+        noise = (low + key) * np.uint64(0xBF58476D1CE4E5B9)
+        noise ^= noise >> np.uint64(32)
+        noise *= np.uint64(0x94D049BB133111EB)
+        noise >>= np.uint64(32)  # the upper bits are the well-mixed ones; a half has at most 32
+        masked = (values >> np.uint64(low_bits)) ^ (noise & np.uint64((1 << high_bits) - 1))
         values = (low << np.uint64(high_bits)) | masked
         low_bits, high_bits = high_bits, low_bits
     return values
@@ -80,7 +76,7 @@ def samples_of(draws: np.ndarray, num_samples: int, seed: int) -> np.ndarray:
     """The sample of each draw.
 
     Args:
-        draws: [n] int64, >= 0; epochs follow one another without a gap.
+        draws: [n] int64, >= 0 and ascending; epochs follow one another without a gap.
         num_samples: samples in the data set, >= 1.
         seed: the run's seed.
 
@@ -88,8 +84,12 @@ def samples_of(draws: np.ndarray, num_samples: int, seed: int) -> np.ndarray:
         [n] int64 in [0, num_samples); each epoch holds every sample exactly once.
     """
     epochs, positions = np.divmod(draws, num_samples)
-    start = np.full(len(draws), mix(seed), dtype=np.uint64)
-    return permute(positions, num_samples, _mix_arrays(start, epochs.astype(np.uint64)))
+    distinct, which = np.unique(epochs, return_inverse=True)
+    table = np.array(
+        [[mix(seed, int(epoch), number) for number in range(_ROUNDS)] for epoch in distinct],
+        dtype=np.uint64,
+    )
+    return permute(positions, num_samples, table if len(table) == 1 else table[which])
 
 
 class Assignment(NamedTuple):

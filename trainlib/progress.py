@@ -13,9 +13,9 @@ Duration = Annotated[str, AfterValidator(check_duration)]
 
 
 class LoopOptions(Options):
-    duration: Duration = "20 epochs"
+    duration: Duration = "60 epochs"
     """Length of the run, as "20 epochs" or "500 steps"."""
-    eval_every: Duration = "1 epoch"
+    eval_every: Duration = "5%"
     """Time between evaluations, as "1 epoch", "100 steps" or "5%" of the run; also at the end."""
     monitor: str = "eval/accuracy"
     """The logged key that decides which weights are best; less is better for a loss."""

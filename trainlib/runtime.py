@@ -24,12 +24,15 @@ from trainlib.config import UserError, flatten, is_first_process, parse_yaml
 _FREE_OPTIONS = ("run_dir", "log.")
 
 
-def make_accelerator(trackers: list[str], deterministic: bool) -> Accelerator:
+def make_accelerator(
+    trackers: list[str], deterministic: bool, cpu_threads: int
+) -> Accelerator:
     """The Accelerator, after the refusals.
 
     Args:
         trackers: Accelerate's names of them.
         deterministic: only algorithms that give the same bits each time; on a GPU slower.
+        cpu_threads: of this process, whatever the launcher set.
 
     Raises:
         UserError: a launch that Accelerate would carry out as something else.
@@ -47,6 +50,7 @@ def make_accelerator(trackers: list[str], deterministic: bool) -> Accelerator:
             "use a config without it, such as accelerate_configs/multi_gpu.yaml (for models "
             "larger than one GPU, Accelerate's FSDP2)"
         )
+    torch.set_num_threads(cpu_threads)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)

@@ -1,0 +1,140 @@
+"""Microseconds per step of train.py's fence against a bare PyTorch loop.
+
+    python benchmarks/step_time.py [--rounds 15] [--steps 80]
+
+Both sides have the same model, fused AdamW, clipping, indexing, learning rate and batch of 64 in
+one micro-batch, on one thread. They alternate in one process, each going first every other round;
+the figure is the median over the rounds of the ratio. The fence is read out of train.py, not
+copied.
+"""
+
+import argparse
+import ast
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from trainlib import data, models, optim, plan, runtime, tasks  # noqa: E402
+from trainlib.batchnorm import BatchStatistics  # noqa: E402
+from trainlib.gradients import StepSums  # noqa: E402
+from trainlib.guard import Guard, Readback  # noqa: E402
+from trainlib.progress import Progress  # noqa: E402
+from trainlib.schedule import lr_multiplier  # noqa: E402
+
+BATCH_SIZE = 64
+
+
+def fenced_step() -> str:
+    """The text between train.py's twin-step marks, as a loop body without indentation."""
+    import textwrap
+
+    text = (ROOT / "train.py").read_text(encoding="utf-8")
+    body = text.split("# twin step: begin\n")[1].split("        # twin step: end")[0]
+    return textwrap.dedent(body)
+
+
+def build(model_options: models.ModelOptions, dataset: data.Dataset):
+    task_list = tasks.build_tasks(tasks.resolve({}, dataset.label_names), dataset.label_names)
+    torch.manual_seed(0)
+    module = models.build_model(
+        models.complete(model_options, dataset.input_shape, len(task_list[0].label_names))
+    ).train()
+    return module, optim.build_optimizer(optim.OptimOptions(), module), task_list
+
+
+def bare_steps(name: str, dataset: data.Dataset):
+    module, optimizer, _ = build(models.ModelOptions(name=name), dataset)
+    inputs, targets = dataset.train.inputs, dataset.train.targets["digit"]
+    parameters = list(module.parameters())
+    order = torch.randperm(len(inputs))
+    step = 0
+
+    def run(num_steps: int) -> None:
+        nonlocal step
+        for _ in range(num_steps):
+            for group in optimizer.param_groups:
+                group["lr"] = 1e-3 * lr_multiplier("cosine", step, 10**6, 100)
+            start = step * BATCH_SIZE % (len(inputs) - BATCH_SIZE)
+            chosen = order[start : start + BATCH_SIZE]
+            loss = torch.nn.functional.cross_entropy(module(inputs[chosen]), targets[chosen])
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+
+    return run
+
+
+def fence_steps(name: str, dataset: data.Dataset):
+    """A function that runs train.py's own step, compiled from its text, so many times."""
+    accelerator = runtime.make_accelerator([], False, 1)
+    module, optimizer, task_list = build(models.ModelOptions(name=name), dataset)
+    model, prepared = accelerator.prepare(module, optimizer)
+    options = type("Options", (), {"seed": 0, "optim": optim.OptimOptions()})
+    batch = data.BatchOptions(global_size=BATCH_SIZE, micro_size=BATCH_SIZE)
+    batch_plan = plan.BatchPlan(len(dataset.train), BATCH_SIZE, 0)
+    assignments = plan.assign(BATCH_SIZE, BATCH_SIZE, 0, 1)
+    batch_statistics = BatchStatistics(module, 1)
+    sums = StepSums(accelerator, model, {"loss": 1, "batch_norm": batch_statistics.size}, True, 1)
+    source = ast.parse(
+        "def run(num_steps):\n"
+        "    for _ in range(num_steps):\n        pass\n"
+        "        for record in readback.push(step, lr, mean_losses, grad_norm, flush=False):\n"
+        "            guard.observe(record)\n"
+    )
+    source.body[0].body[0].body[0:1] = ast.parse(fenced_step()).body
+
+    def objective(output, micro_batch):
+        loss_sums = [t.losses(output, micro_batch.targets).sum() for t in task_list]
+        shares = [s * (t.weight / BATCH_SIZE) for t, s in zip(task_list, loss_sums, strict=True)]
+        return sum(shares[1:], start=shares[0]), loss_sums
+
+    names = {
+        "optimizer": prepared.optimizer, "scaler": None, "state": Progress(), "model": model,
+        "accelerator": accelerator, "options": options, "batch": batch, "sums": sums,
+        "batch_statistics": batch_statistics, "plan": plan,
+        "optim": optim, "objective": objective, "parameters": list(model.parameters()),
+        "max_grad_norm": 1.0, "seed_generators": runtime.make_seeder(accelerator.device),
+        "reader": data.Reader(dataset.train, batch_plan, assignments, accelerator.device),
+        "guard": Guard(prepared.optimizer, accelerator.device, False, None, lambda step: {}),
+        "readback": Readback(accelerator.device),
+        "peak_share": lambda step: lr_multiplier("cosine", step, 10**6, 100),
+    }
+    exec(compile(ast.fix_missing_locations(source), "train.py", "exec"), names)
+    return names["run"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--steps", type=int, default=80)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    dataset = data.load(data.DataOptions())
+    print(f"torch {torch.__version__}, batch {BATCH_SIZE} in one micro-batch, one thread, "
+          f"{arguments.rounds} rounds of {arguments.steps} steps, medians")
+    print(f"{'model':8}{'bare us':>10}{'fence us':>10}{'ratio':>8}")
+    for name in ("mlp", "resnet"):
+        sides = [bare_steps(name, dataset), fence_steps(name, dataset)]
+        times: list[list[float]] = [[], []]
+        for side in sides:
+            side(arguments.steps)
+        for number in range(arguments.rounds):
+            for index in (0, 1) if number % 2 else (1, 0):
+                start = time.perf_counter()
+                sides[index](arguments.steps)
+                times[index].append((time.perf_counter() - start) / arguments.steps * 1e6)
+        bare, fence = (statistics.median(record) for record in times)
+        ratio = statistics.median(f / b for b, f in zip(*times, strict=True))
+        print(f"{name:8}{bare:10.0f}{fence:10.0f}{ratio:8.3f}")
+
+
+if __name__ == "__main__":
+    main()

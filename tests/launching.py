@@ -1,0 +1,66 @@
+"""Starting scripts as users start them, and reading what they wrote."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def launch(
+    arguments: list[str], processes: int = 1, script: str = "train.py", environment: dict = {}
+) -> subprocess.CompletedProcess:
+    """Runs a script on so many CPU processes; output captured, exit code not judged.
+
+    gloo may abort at exit after all work is done, so judge by the files that were written.
+    """
+    command = [sys.executable, script]
+    if processes > 1:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                   "--nproc_per_node", str(processes), script]
+    return subprocess.run(
+        [*command, *arguments], cwd=ROOT, env=os.environ | environment, capture_output=True,
+        text=True, timeout=280,
+    )
+
+
+def train(folder: Path, *flags: str, processes: int = 1, script: str = "train.py") -> Path:
+    """A finished run in ``folder`` without trackers; fails with the output if it did not finish."""
+    result = launch(
+        ["--run_dir", str(folder), "--log.trackers", "[]", *flags], processes, script
+    )
+    written = folder / "exit.json"
+    assert written.exists() and json.loads(written.read_text())["code"] == 0, (
+        result.stdout + result.stderr
+    )
+    return folder
+
+
+def weights(folder: Path, which: str = "final") -> dict:
+    return load_file(folder / which / "model.safetensors")
+
+
+def records(folder: Path) -> list[dict]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def losses(folder: Path) -> list[float]:
+    return [record["train/loss"] for record in records(folder) if "train/loss" in record]
+
+
+def assert_same_run(first: Path, second: Path) -> None:
+    """Weights, buffers, losses, gradient norms and evaluations are equal bit for bit."""
+    left, right = weights(first), weights(second)
+    assert left.keys() == right.keys()
+    different = [name for name in left if not left[name].equal(right[name])]
+    assert different == []
+    timing = ("speed/", "memory/")
+    for a, b in zip(records(first), records(second), strict=True):
+        assert {k: v for k, v in a.items() if not k.startswith(timing)} == {
+            k: v for k, v in b.items() if not k.startswith(timing)
+        }

@@ -1,0 +1,97 @@
+"""One recipe gives the same weights on any number of processes; real processes, real files."""
+
+import json
+
+import pytest
+import torch
+from launching import assert_same_run, launch, losses, records, train, weights
+
+SHORT = ["--loop.duration", "60 steps", "--log.every", "1", "--batch.micro_size", "16"]
+WITHOUT_DROPOUT = ["--loop.duration", "60 steps", "--log.every", "1", "--model.args.dropout", "0"]
+SGD = ["--optim.name", "sgd", "--optim.args.momentum", "0.9", "--optim.lr", "0.05"]
+
+
+@pytest.mark.parametrize("optimizer", [[], SGD], ids=["adamw", "sgd_momentum"])
+@pytest.mark.parametrize("model", ["mlp", "resnet"])
+def test_one_two_and_three_processes_give_the_same_bits(tmp_path, model, optimizer):
+    flags = [*SHORT, "--model.name", model, *optimizer]
+    one, two, three = (
+        train(tmp_path / str(n), *flags, processes=n) for n in (1, 2, 3)
+    )
+    assert len(losses(one)) == 60 and losses(one)[-1] < losses(one)[0]
+    assert_same_run(one, two)
+    assert_same_run(one, three)
+
+
+def test_a_ragged_last_micro_batch_and_idle_processes_change_no_bit(tmp_path):
+    # 50 = 3 x 16 + 2: four micro-batches on three processes leave two slots idle.
+    flags = [*SHORT[:-2], "--batch.global_size", "50", "--batch.micro_size", "16",
+             "--loop.duration", "20 steps", "--model.name", "resnet"]
+    assert_same_run(train(tmp_path / "1", *flags), train(tmp_path / "3", *flags, processes=3))
+
+
+def test_more_processes_than_micro_batches_change_no_bit_and_are_told(tmp_path):
+    flags = ["--run_dir", str(tmp_path / "2"), "--log.trackers", "[]", "--batch.micro_size", "64",
+             "--loop.duration", "20 steps", "--model.name", "resnet", "--log.every", "1"]
+    result = launch(flags, processes=2)
+    assert "idle" in result.stdout
+    flags[1] = str(tmp_path / "1")
+    result = launch(flags)
+    assert "idle" not in result.stdout
+    assert_same_run(tmp_path / "1", tmp_path / "2")
+
+
+def test_the_launchers_thread_count_changes_no_bit(tmp_path, monkeypatch):
+    one = train(tmp_path / "one", *SHORT)
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert_same_run(one, train(tmp_path / "two", *SHORT))
+
+
+def test_every_way_to_cut_a_batch_gives_one_curve_to_rounding(tmp_path):
+    reference = train(tmp_path / "1x64", *WITHOUT_DROPOUT, "--batch.micro_size", "64")
+    ddp = ["--batch.exact_sum", "false"]
+    others = [
+        train(tmp_path / "1x32", *WITHOUT_DROPOUT, "--batch.micro_size", "32"),
+        train(tmp_path / "1x32_fp32", *WITHOUT_DROPOUT, "--batch.micro_size", "32", *ddp),
+        train(tmp_path / "2x32", *WITHOUT_DROPOUT, "--batch.micro_size", "32", processes=2),
+        train(tmp_path / "ddp2", *WITHOUT_DROPOUT, "--batch.micro_size", "16", *ddp, processes=2),
+        train(tmp_path / "ddp3", *WITHOUT_DROPOUT, "--batch.micro_size", "16", *ddp, processes=3),
+    ]
+    for other in others:
+        differences = [abs(a - b) for a, b in zip(losses(reference), losses(other), strict=True)]
+        assert max(differences) <= 1e-6, other.name
+
+
+POISONED = "tests/poisoned_train.py"
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("micro_size", ["16", "64"])
+def test_a_poisoned_sample_costs_one_update_and_is_named(tmp_path, processes, micro_size):
+    """The poison passes the input check and overflows in the first layer: NaN, once an epoch."""
+    flags = ["--schedule.name", "constant", "--schedule.warmup", "0 steps", "--model.name",
+             "resnet", "--loop.duration", "22 steps", "--log.every", "1", "--batch.micro_size",
+             micro_size, "--loop.eval_every", "22 steps"]
+    run = train(tmp_path / "run", *flags, processes=processes, script=POISONED)
+    bad = [json.loads(line) for line in (run / "bad_steps.jsonl").read_text().splitlines()]
+    assert len(bad) == 1
+    assert bad[0]["suspects"] == [1461] and 1461 in bad[0]["rows"] and len(bad[0]["rows"]) == 64
+    [null] = [r for r in records(run) if "train/loss" in r and r["train/loss"] is None]
+    assert null["step"] == bad[0]["step"] + 1
+    # What was skipped left no trace: stopping just before it or just after it is the same.
+    flags[flags.index("22 steps")] = f"{bad[0]['step']} steps"
+    before = train(tmp_path / "before", *flags, processes=processes, script=POISONED)
+    flags[flags.index(f"{bad[0]['step']} steps")] = f"{bad[0]['step'] + 1} steps"
+    after = train(tmp_path / "after", *flags, processes=processes, script=POISONED)
+    assert not (before / "bad_steps.jsonl").exists() and (after / "bad_steps.jsonl").exists()
+    assert all(torch.equal(v, weights(after)[k]) for k, v in weights(before).items())
+    assert all(v.isfinite().all() for v in weights(run).values())
+
+
+def test_ten_bad_steps_in_a_row_end_the_run_with_code_3(tmp_path):
+    # lr 1e30 makes the first update overflow everything after it.
+    result = launch(["--run_dir", str(tmp_path / "run"), "--log.trackers", "[]", "--optim.lr",
+                     "1e30", "--schedule.warmup", "0 steps"])
+    assert result.returncode == 3 and "Traceback" not in result.stderr
+    assert json.loads((tmp_path / "run" / "exit.json").read_text())["code"] == 3
+    assert len((tmp_path / "run" / "bad_steps.jsonl").read_text().splitlines()) == 10
