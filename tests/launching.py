@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def launch(
-    arguments: list[str], processes: int = 1, script: str = "train.py", environment: dict = {}
+    arguments: list[str], processes: int = 1, script: str = "train.py", **environment: str
 ) -> subprocess.CompletedProcess:
     """Runs a script on so many CPU processes; output captured, exit code not judged.
 

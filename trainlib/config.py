@@ -147,9 +147,12 @@ def read(options_class: type[AnyOptions], arguments: Sequence[str], script: str)
 
 def recipe_name(arguments: Sequence[str]) -> str:
     """The stem of the last ``--recipe`` on the command line, or ``default``."""
-    paths = [after for word, after in zip(arguments, arguments[1:], strict=False)
-             if word == "--recipe"]
-    paths += [word.partition("=")[2] for word in arguments if word.startswith("--recipe=")]
+    paths = []
+    for position, word in enumerate(arguments):
+        if word.startswith("--recipe="):
+            paths.append(word.partition("=")[2])
+        elif word == "--recipe" and position + 1 < len(arguments):
+            paths.append(arguments[position + 1])
     return Path(paths[-1]).stem if paths else "default"
 
 
@@ -193,17 +196,29 @@ def _nested_flag(name: str, text: str, mistakes: list[str]) -> dict:
 def _describe(error: dict, options_class: type[Options]) -> str:
     path = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        known = [leaf for leaf, *_ in describe_options(options_class)]
-        # The group's own names first: lr_rate under optim means optim.lr, not data.source.
-        group = ".".join(path.split(".")[:-1])
-        siblings = [leaf for leaf in known if leaf.rpartition(".")[0] == group]
-        hint = nearest(path, known)
-        if siblings and not hint.startswith("; did"):
-            hint = f"; known here: {', '.join(siblings)}"
+        group, _, name = path.rpartition(".")
+        # tasks.<name>.loss is shown with the name that was given.
+        known = [_fill_names(leaf, path) for leaf, *_ in describe_options(options_class)]
+        siblings = {leaf.rpartition(".")[2]: leaf for leaf in known
+                    if leaf.rpartition(".")[0] == group}
+        close = difflib.get_close_matches(name, siblings, n=1, cutoff=0.7)
+        if close:
+            hint = f"; did you mean {siblings[close[0]]!r}?"
+        elif siblings:
+            hint = f"; known here: {', '.join(siblings.values())}"
+        else:
+            hint = nearest(path, known)
         return f"unknown option {path!r}{hint}"
     message = error["msg"].removeprefix("Value error, ")
     given = "" if error["type"] == "missing" else f" (given: {error['input']!r})"
     return f"{path}: {message}{given}" if path else message
+
+
+def _fill_names(leaf: str, path: str) -> str:
+    parts, given = leaf.split("."), path.split(".")
+    return ".".join(
+        given[i] if part == "<name>" and i < len(given) else part for i, part in enumerate(parts)
+    )
 
 
 def describe_options(

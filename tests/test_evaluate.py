@@ -1,0 +1,73 @@
+"""Evaluation is exact: the same bits on 1, 2 and 3 processes, and a float64 pass's numbers."""
+
+import json
+
+import pytest
+import torch
+from accelerate import Accelerator
+from launching import launch
+from torch import nn
+
+from trainlib import data, models, tasks
+from trainlib.evaluate import evaluate, inspect_step
+from trainlib.plan import BatchPlan, assign
+
+SIZES = [1, 5, 97, 360]
+DIGITS = data.load(data.DataOptions())
+TASKS = tasks.build_tasks(tasks.resolve({}, DIGITS.label_names), DIGITS.label_names)
+
+
+def first(size):
+    split = DIGITS.validation
+    return data.Split(split.inputs[:size], {"digit": split.targets["digit"][:size]},
+                      split.rows[:size])
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    net = models.build_model(
+        models.complete(models.ModelOptions(name="resnet"), (1, 8, 8), 10)
+    ).train()
+    with torch.no_grad():
+        net(DIGITS.train.inputs[:64])  # running statistics off their start
+    return net
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_it_equals_one_pass_in_float64(model, size):
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    result = evaluate(model, first(size), TASKS, 64, Accelerator(cpu=True))["digit"]
+    assert model.training and all(v.equal(before[k]) for k, v in model.state_dict().items())
+    split = first(size)
+    with torch.no_grad():
+        output = model.double().eval()(split.inputs.double())
+    model.float().train()
+    target = split.targets["digit"]
+    loss = nn.functional.cross_entropy(output, target).item()
+    assert result["loss"] == pytest.approx(loss, rel=1e-6)
+    assert result["accuracy"] == (output.argmax(1) == target).double().mean().item()
+    assert sum(c["support"] for c in result["classes"]) == size
+
+
+def test_one_two_and_three_processes_give_the_same_bits(tmp_path):
+    written = []
+    for processes in (1, 2, 3):
+        file = tmp_path / f"{processes}.json"
+        result = launch([str(file)], processes, script="tests/evaluate_sizes.py")
+        assert file.exists(), result.stdout + result.stderr
+        written.append(json.loads(file.read_text()))
+    assert [entry["size"] for entry in written[0]] == SIZES
+    assert written[0] == written[1] == written[2]
+
+
+def test_the_samples_of_a_bad_step_are_found(model):
+    reader = data.Reader(DIGITS.train, BatchPlan(1437, 16, 0), assign(16, 8, 0, 1),
+                         torch.device("cpu"))
+    assert inspect_step(model, reader, TASKS, 3) == {"suspects": [], "rows": reader.rows(3)}
+    sample = int(reader.plan.samples(3)[5])
+    reader.split.inputs[sample] = float("nan")
+    try:
+        assert inspect_step(model, reader, TASKS, 3)["suspects"] == [reader.rows(3)[5]]
+    finally:
+        reader.split.inputs[sample] = 0

@@ -1,0 +1,91 @@
+"""The guard's verdict on the host and on the device, and its list of bad steps."""
+
+import copy
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from trainlib.guard import MAX_BAD_STEPS_IN_A_ROW, Diverged, Guard, Readback, StepRecord
+
+FINE, NAN, INF = torch.tensor(1.0), torch.tensor(float("nan")), torch.tensor(float("inf"))
+
+
+def guard_of(optimizer=None, file=None, device="cpu", has_scaler=False):
+    optimizer = optimizer or torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    inspect = lambda step: {"suspects": [7], "rows": [6, 7]}  # noqa: E731
+    return Guard(optimizer, torch.device(device), has_scaler, file, inspect)
+
+
+@pytest.mark.parametrize("loss, norm, allowed", [
+    (FINE, FINE, True), (NAN, FINE, False), (FINE, NAN, False), (INF, INF, False),
+])
+def test_on_a_cpu_the_verdict_is_a_host_value(loss, norm, allowed):
+    guard = guard_of()
+    assert guard.allows(loss.view(1), norm) is allowed and guard.healthy is allowed
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "Adagrad"])
+@pytest.mark.parametrize("norm, moves", [(FINE, True), (NAN, False)])
+def test_with_the_flag_on_the_device_the_fused_optimizer_skips_by_itself(name, norm, moves):
+    """The path of a GPU; torch's fused optimizers on a CPU read the same flag."""
+    parameter = nn.Parameter(torch.ones(4))
+    optimizer = getattr(torch.optim, name)([parameter], lr=0.1, fused=True)
+    guard = guard_of(optimizer)
+    guard.on_device = True
+    parameter.grad = torch.ones(4)
+    assert guard.allows(FINE.view(1), FINE)
+    optimizer.step()
+    before, state = parameter.detach().clone(), copy.deepcopy(optimizer.state_dict()["state"])
+    parameter.grad = torch.full((4,), norm.item())
+    assert guard.allows(FINE.view(1), norm)
+    assert bool(guard.healthy) is moves
+    optimizer.step()
+    assert parameter.detach().equal(before) is not moves
+    if not moves:
+        for slot, value in optimizer.state_dict()["state"].get(0, {}).items():
+            expected = state[0][slot]
+            assert value is expected or torch.equal(value, expected), slot
+
+
+def test_only_fused_optimizers_and_the_scaler_are_trusted_with_the_flag():
+    plain = torch.optim.RMSprop([nn.Parameter(torch.zeros(1))])
+    fused = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0, fused=True)
+    assert not guard_of(plain, device="cuda").on_device
+    assert guard_of(fused, device="cuda").on_device
+    assert guard_of(plain, device="cuda", has_scaler=True).on_device
+    assert not guard_of(fused).on_device
+
+
+def record(step, loss=1.0, norm=1.0):
+    return StepRecord(step, 0.1, [loss], norm)
+
+
+def test_bad_steps_are_listed_and_ten_in_a_row_end_the_run(tmp_path):
+    file = tmp_path / "bad_steps.jsonl"
+    guard = guard_of(file=file)
+    assert guard.observe(record(0)) is None and not file.exists()
+    line = guard.observe(record(1, loss=float("nan")))
+    assert "step 1: the loss is not finite" in line and "row 7" in line
+    assert "gradient" in guard.observe(record(2, norm=float("inf")))
+    guard.observe(record(3))  # a good step in between starts the count again
+    for step in range(4, 3 + MAX_BAD_STEPS_IN_A_ROW):
+        guard.observe(record(step, norm=float("nan")))
+    with pytest.raises(Diverged, match="10 steps in a row"):
+        guard.observe(record(99, norm=float("nan")))
+    entries = [json.loads(entry) for entry in file.read_text().splitlines()]
+    assert entries[0] == {"step": 1, "reason": "loss", "suspects": [7], "rows": [6, 7]}
+    assert len(entries) == 12
+
+
+def test_processes_without_the_file_only_count():
+    guard = guard_of(file=None)
+    guard.inspect_step = None
+    assert "skipped" in guard.observe(record(1, loss=float("nan")))
+
+
+def test_on_a_cpu_values_are_read_at_once():
+    readback = Readback(torch.device("cpu"))
+    [got] = readback.push(4, 0.5, torch.tensor([2.0], dtype=torch.float64), FINE, flush=False)
+    assert got == StepRecord(4, 0.5, [2.0], 1.0) and got.is_finite
