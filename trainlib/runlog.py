@@ -142,7 +142,7 @@ class RunLog:
         settings["settings"] = {"silent": True, "console": "off", "save_code": False,
                                 "disable_git": True}
         # Decided before init, which without a key asks for one and waits.
-        if "WANDB_MODE" not in os.environ and not _has_wandb_key():
+        if not os.environ.get("WANDB_MODE") and not _has_wandb_key():
             settings["mode"] = "offline"
             self.say("wandb: no key found, so this run is logged offline; upload it later with "
                      f"`wandb sync {folder}/wandb/offline-run-*`")
