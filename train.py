@@ -35,11 +35,11 @@ from trainlib.tasks import TaskOptions
 class TrainOptions(Options):
     run_dir: str | None = None
     """Folder of the run; none: runs/ and the recipe's name."""
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**63)
     """Seed of the weights, the order of the samples, dropout and augmentation."""
     deterministic: bool = False
     """Use only algorithms that give the same bits each time; GPUs get slower."""
-    cpu_threads: int = Field(1, ge=1)
+    cpu_threads: int = Field(1, ge=1, le=1024)
     """Threads of each process on a CPU; like the micro size a part of the recipe, because they
     change the order of sums. To use more cores, launch more processes."""
     data: DataOptions = DataOptions()
@@ -89,12 +89,13 @@ def main(arguments: list[str]) -> None:
     run_log = RunLog(
         accelerator, run_dir, options.log, config, total_steps, batch.global_size, num_samples
     )
+    folder.at_exit = run_log.close
     run_log.say(plan.idle_warning(batch.global_size, batch.micro_size, world_size))
 
     # ---- the parts of a step ----
     num_micro_batches = plan.num_micro_batches(batch.global_size, batch.micro_size)
     model, prepared = accelerator.prepare(module, optimizer)
-    module = accelerator.unwrap_model(model)
+    module = accelerator.unwrap_model(model, keep_torch_compile=False)
     # After prepare, which puts other buffers into the module.
     batch_statistics = BatchStatistics(module, num_micro_batches)
     optimizer = prepared.optimizer  # the wrapper costs a fifth of a small step and hides the scaler
@@ -114,7 +115,7 @@ def main(arguments: list[str]) -> None:
         exact_sum, len(assignments),
     )
     guard = Guard(
-        optimizer, device, scaler is not None,
+        optimizer, device, scaler,
         run_dir / "bad_steps.jsonl" if accelerator.is_main_process else None,
         lambda step: inspect_step(module, reader, task_list, step),
     )
@@ -148,7 +149,7 @@ def main(arguments: list[str]) -> None:
         sums.clear()
         batch_statistics.begin()
         for micro_batch in reader.take(step):
-            seed_generators(plan.mix(options.seed, step, micro_batch.number))
+            seed_generators(plan.forward_seed(options.seed, step, micro_batch.number))
             with sums.no_sync(micro_batch.is_last):
                 output = model(micro_batch.inputs)
                 loss, loss_sums = objective(output, micro_batch)
@@ -170,12 +171,12 @@ def main(arguments: list[str]) -> None:
         batch_statistics.finish(sums["batch_norm"], guard.healthy)
         state.step += 1
         # twin step: end
+        folder.step = state.step
 
         evaluates = is_time(state.step, eval_every, total_steps)
         for record in readback.push(step, lr, mean_losses, grad_norm, flush=evaluates):
             run_log.say(guard.observe(record))
-            if is_time(record.step + 1, options.log.every, total_steps):
-                run_log.training(record, task_list)
+            run_log.training(record, task_list)
         if evaluates:
             started = time.perf_counter()
             results = evaluate(module, validation, task_list, batch.eval_size, accelerator)
@@ -184,27 +185,31 @@ def main(arguments: list[str]) -> None:
             if improved:
                 best_results = results
                 if accelerator.is_main_process:
-                    export(run_dir / "best", module, config, label_names)
+                    export(run_dir / "best", module, config, label_names, results)
             run_log.evaluation(state.step, metrics, improved, time.perf_counter() - started)
             is_stopped = state.is_out_of_patience(options.loop.patience)
     # twin loop: end
 
     # ---- end ----
     if accelerator.is_main_process:
-        export(run_dir / "final", module, config, label_names)
+        export(run_dir / "final", module, config, label_names, results)
     run_log.close()
-    folder.step = state.step
     for task in task_list:
         if best_results:
             run_log.say(f"\n{task.name}, validation, best weights (step {state.best_step}):\n"
                         + task.report(best_results[task.name]))
-    if is_stopped:
+    if state.step < total_steps:
         run_log.say(f"\nstopped early at step {state.step} of {total_steps}: "
                     f"{options.loop.monitor} has not improved {options.loop.patience} times in a "
                     f"row. The best weights, of step {state.best_step}, are the result.")
-    run_log.say(f"\n{run_dir}: best/ holds the weights with the best {options.loop.monitor} "
-                f"({state.best_value}, step {state.best_step}), final/ those at the end. Load "
-                f'them with trainlib.models.load_model("{run_dir}").')
+    if not best_results:
+        run_log.say(f"\nno evaluation gave a finite {options.loop.monitor}: there is no best/")
+    else:
+        run_log.say(
+            f"\n{run_dir}: best/ holds the weights with the best {options.loop.monitor} "
+            f"({state.best_value:.6g}, step {state.best_step}), final/ those at the end. Load them "
+            f'with trainlib.models.load_model("{run_dir}").'
+        )
 
 
 if __name__ == "__main__":

@@ -38,7 +38,8 @@ def train(folder: Path, flags: list[str], processes: int, steps: int) -> tuple[s
     ]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    if not (folder / "exit.json").exists():
+    written = folder / "exit.json"
+    if not written.exists() or json.loads(written.read_text())["code"] != 0:
         sys.exit(result.stdout + result.stderr)
     digest = hashlib.sha256((folder / "final" / "model.safetensors").read_bytes()).hexdigest()
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -10,8 +10,10 @@ copied.
 
 import argparse
 import ast
+import os
 import statistics
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -19,6 +21,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+os.environ["ACCELERATE_USE_CPU"] = "true"
 
 from trainlib import data, models, optim, plan, runtime, tasks  # noqa: E402
 from trainlib.batchnorm import BatchStatistics  # noqa: E402
@@ -32,8 +35,6 @@ BATCH_SIZE = 64
 
 def fenced_step() -> str:
     """The text between train.py's twin-step marks, as a loop body without indentation."""
-    import textwrap
-
     text = (ROOT / "train.py").read_text(encoding="utf-8")
     body = text.split("# twin step: begin\n")[1].split("        # twin step: end")[0]
     return textwrap.dedent(body)
@@ -103,7 +104,7 @@ def fence_steps(name: str, dataset: data.Dataset):
         "optim": optim, "objective": objective, "parameters": list(model.parameters()),
         "max_grad_norm": 1.0, "seed_generators": runtime.make_seeder(accelerator.device),
         "reader": data.Reader(dataset.train, batch_plan, assignments, accelerator.device),
-        "guard": Guard(prepared.optimizer, accelerator.device, False, None, lambda step: {}),
+        "guard": Guard(prepared.optimizer, accelerator.device, None, None, lambda step: {}),
         "readback": Readback(accelerator.device),
         "peak_share": lambda step: lr_multiplier("cosine", step, 10**6, 100),
     }

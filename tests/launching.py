@@ -12,19 +12,20 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def launch(
-    arguments: list[str], processes: int = 1, script: str = "train.py", **environment: str
+    arguments: list[str], processes: int = 1, script: str = "train.py", **environment: str | None
 ) -> subprocess.CompletedProcess:
     """Runs a script on so many CPU processes; output captured, exit code not judged.
 
     gloo may abort at exit after all work is done, so judge by the files that were written.
+    A variable given as None is unset.
     """
     command = [sys.executable, script]
     if processes > 1:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
                    "--nproc_per_node", str(processes), script]
     return subprocess.run(
-        [*command, *arguments], cwd=ROOT, env=os.environ | environment, capture_output=True,
-        text=True, timeout=280,
+        [*command, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=280,
+        env={k: v for k, v in (os.environ | environment).items() if v is not None},
     )
 
 

@@ -36,12 +36,13 @@ def test_flags_reach_into_mappings_that_have_no_declared_keys():
 
 def test_null_empties_a_mapping():
     assert read("--model.args.depth", "8", "--model.args", "null").model.args == {}
+    assert read("--model.args", "null", "--tasks", "null") == TrainOptions()
     assert read("--optim.max_grad_norm", "null").optim.max_grad_norm is None
 
 
 @pytest.mark.parametrize("text, value", [("1e-3", 1e-3), ("1E3", 1000.0), ("-2e-1", -0.2)])
 def test_scientific_notation_is_a_number_everywhere(text, value):
-    assert read("--model.args.x", text).model.args == {"x": value}
+    assert read("--optim.args.eps", text).optim.args == {"eps": value}
 
 
 def test_a_flag_without_a_value_is_a_switch():
@@ -77,7 +78,7 @@ def test_an_unknown_name_comes_with_the_nearest(flag, hint):
 
 def test_a_micro_batch_larger_than_the_batch_is_refused():
     [line] = mistakes("--batch.micro_size", "65")
-    assert "batch.micro_size 65 is more than batch.global_size 64" in line
+    assert "batch.micro_size: 65 is more than batch.global_size 64" in line
 
 
 @pytest.mark.parametrize("content, message", [

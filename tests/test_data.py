@@ -22,7 +22,7 @@ def test_digits_are_split_once_and_for_all_without_overlap():
 
 
 def test_an_unknown_source_is_refused_with_the_nearest():
-    with pytest.raises(UserError, match="did you mean 'builtin:digits'"):
+    with pytest.raises(ValueError, match="did you mean 'builtin:digits'"):
         data.load(data.DataOptions(source="builtin:digit"))
 
 

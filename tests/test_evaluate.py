@@ -71,3 +71,40 @@ def test_the_samples_of_a_bad_step_are_found(model):
         assert inspect_step(model, reader, TASKS, 3)["suspects"] == [reader.rows(3)[5]]
     finally:
         reader.split.inputs[sample] = 0
+
+
+def test_the_order_of_addition_does_not_show():
+    """Losses 40 decades of two apart, where a float64 sum depends on its order."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(2000, 10, generator=generator) * 20
+    targets = torch.randint(10, (2000,), generator=generator)
+    split = data.Split(inputs, {"digit": targets}, torch.arange(2000))
+    one = evaluate(nn.Identity(), split, TASKS, 16, Accelerator(cpu=True))["digit"]["loss"]
+
+    class Pretended:
+        """One of several processes, without the others; their slots stay 0."""
+
+        device, num_processes = torch.device("cpu"), 3
+
+        def __init__(self, rank):
+            self.process_index = rank
+
+    slots = []
+    real = torch.distributed.all_reduce
+    torch.distributed.all_reduce = lambda tensor: slots.append(tensor.clone())
+    try:
+        for rank in range(3):
+            evaluate(nn.Identity(), split, TASKS, 16, Pretended(rank))
+    finally:
+        torch.distributed.all_reduce = real
+    sums = slots[::2]
+    assert all((sum(s[i] != 0 for s in sums) == 1) for i in range(len(sums[0])))
+    for order in ([0, 1, 2], [2, 0, 1], [1, 2, 0]):
+        assert sum(sums[i] for i in order).sum().item() / 2000 == one
+
+
+def test_frozen_modules_stay_in_eval_mode(model):
+    model.stem_norm.eval()
+    evaluate(model, first(5), TASKS, 5, Accelerator(cpu=True))
+    assert model.training and not model.stem_norm.training
+    model.train()

@@ -12,10 +12,10 @@ from trainlib.guard import MAX_BAD_STEPS_IN_A_ROW, Diverged, Guard, Readback, St
 FINE, NAN, INF = torch.tensor(1.0), torch.tensor(float("nan")), torch.tensor(float("inf"))
 
 
-def guard_of(optimizer=None, file=None, device="cpu", has_scaler=False):
+def guard_of(optimizer=None, file=None, device="cpu", scaler=None):
     optimizer = optimizer or torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
     inspect = lambda step: {"suspects": [7], "rows": [6, 7]}  # noqa: E731
-    return Guard(optimizer, torch.device(device), has_scaler, file, inspect)
+    return Guard(optimizer, torch.device(device), scaler, file, inspect)
 
 
 @pytest.mark.parametrize("loss, norm, allowed", [
@@ -49,12 +49,12 @@ def test_with_the_flag_on_the_device_the_fused_optimizer_skips_by_itself(name, n
             assert value is expected or torch.equal(value, expected), slot
 
 
-def test_only_fused_optimizers_and_the_scaler_are_trusted_with_the_flag():
+def test_only_fused_optimizers_are_trusted_with_the_flag():
     plain = torch.optim.RMSprop([nn.Parameter(torch.zeros(1))])
     fused = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0, fused=True)
     assert not guard_of(plain, device="cuda").on_device
     assert guard_of(fused, device="cuda").on_device
-    assert guard_of(plain, device="cuda", has_scaler=True).on_device
+    assert not guard_of(fused, device="cuda", scaler=torch.amp.GradScaler("cpu")).on_device
     assert not guard_of(fused).on_device
 
 
@@ -89,3 +89,13 @@ def test_on_a_cpu_values_are_read_at_once():
     readback = Readback(torch.device("cpu"))
     [got] = readback.push(4, 0.5, torch.tensor([2.0], dtype=torch.float64), FINE, flush=False)
     assert got == StepRecord(4, 0.5, [2.0], 1.0) and got.is_finite
+
+
+def test_the_search_for_a_loss_scale_is_no_bad_step():
+    guard = guard_of(scaler=torch.amp.GradScaler("cpu", init_scale=4.0))
+    guard.scaler.scale(FINE)  # makes the scale exist
+    for step in range(30):
+        assert guard.observe(record(step, norm=float("inf"))) is None
+    assert "loss" in guard.observe(record(30, loss=float("nan")))
+    guard.scaler.update(0.5)
+    assert "gradient" in guard.observe(record(31, norm=float("inf")))

@@ -51,7 +51,7 @@ def test_a_resnet_has_as_many_layers_as_its_depth_says():
     ("mlp", {"dropout": 1.5}, "mlp refuses"),
 ])
 def test_what_a_net_cannot_be_is_refused(name, arguments, message):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(ValueError, match=message):
         build(name, **arguments)
 
 
@@ -60,7 +60,7 @@ def test_an_export_loads_back_bit_for_bit_and_replaces_the_one_before(tmp_path):
         torch.manual_seed(seed)
         model = build("resnet")
         config = "model:\n  name: resnet\n  args: {channels: 1, classes: 10}\n"
-        checkpoint.export(tmp_path / "best", model, config, {"digit": list("0123456789")})
+        checkpoint.export(tmp_path / "best", model, config, {"digit": list("0123456789")}, {})
     assert sorted(p.name for p in tmp_path.iterdir()) == ["best"]
     loaded = models.load_model(tmp_path)
     assert not loaded.training and loaded.label_names["digit"][3] == "3"
@@ -75,6 +75,6 @@ def test_best_is_loaded_where_it_exists_and_a_folder_without_a_model_is_refused(
         models.load_model(tmp_path)
     for name in ("final", "best"):
         model = build("mlp", hidden=[])
-        checkpoint.export(tmp_path / name, model, config, {})
+        checkpoint.export(tmp_path / name, model, config, {}, {})
     assert models.load_model(tmp_path)[1].weight.equal(model[1].weight)
     assert not models.load_model(tmp_path / "final")[1].weight.equal(model[1].weight)

@@ -53,6 +53,6 @@ def test_arguments_reach_the_class_and_the_rate_reaches_every_group():
     ({"name": "rprop"}, "rprop has none; set it to 0"),
 ])
 def test_what_an_optimizer_cannot_take_is_refused(options, message):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(ValueError, match=message):
         build(**options)
     assert type(build(name="rprop", weight_decay=0)) is torch.optim.Rprop

@@ -41,6 +41,8 @@ def test_the_default_command_learns_digits_and_writes_its_folder(tmp_path):
         training[0]
     )
     assert all(r["train/lr"] > 0 for r in training)
+    best_evaluation = json.loads((run / "best" / "evaluation.json").read_text())["digit"]
+    assert best_evaluation["accuracy"] == best and len(best_evaluation["confusion"]) == 10
     # The model that is loaded back is the one that was evaluated.
     model = load_model(run)
     assert not model.training and model.label_names == {"digit": list("0123456789")}
@@ -77,19 +79,35 @@ def test_the_config_of_a_run_is_a_recipe_for_that_run(tmp_path):
 
 
 BAD_INPUT = [
-    (["--optim.name", "adamv"], "did you mean"),
+    (["--optim.name", "AdamV"], "did you mean"),
     (["--schedule.name", "cosin"], "did you mean 'cosine'"),
     (["--model.name", "mpl"], "did you mean 'mlp'"),
     (["--data.source", "builtin:digit"], "did you mean 'builtin:digits'"),
     (["--batch.global_size", "0"], "batch.global_size"),
     (["--batch.micro_size", "0"], "batch.micro_size"),
-    (["--batch.micro_size", "65"], "batch.micro_size 65 is more than batch.global_size 64"),
+    (["--batch.micro_size", "65"], "batch.micro_size: 65 is more than batch.global_size 64"),
     (["--model.args.classes", "5"], "(2, 5), task 'digit' needs (2, 10)"),
     (["--loop.monitor", "eval/acc"], "did you mean 'eval/accuracy'"),
     (["--schedule.warmup", "100%"], "warm up for less"),
     (["--recipe", "nowhere.yaml"], "nowhere.yaml"),
     (["--tasks.digit.loss_args.gamma", "2"], "does not take 'gamma'"),
+    (["--optim.lr", "--seed", "3"], "a number is needed"),
+    (["--optim.lr", ".inf"], "optim.lr"),
+    (["--loop.duration", "1e999 steps"], "a duration reads like"),
+    (["--optim.args.betas", "[0.9]"], "adamw refuses"),
+    (["--run_dir", "/proc/no/run"], "run_dir"),
 ]
+
+
+def test_unknown_names_are_reported_together():
+    import train
+
+    with pytest.raises(ValueError) as caught:
+        train.main(["--optim.name", "adanw", "--model.name", "mpl", "--data.source",
+                    "builtin:digit", "--tasks.digit.loss", "fokal", "--batch.global_size", "0"])
+    for part in ("optim.name", "model.name", "data.source", "tasks.digit.loss",
+                 "batch.global_size"):
+        assert part in str(caught.value)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -97,7 +115,7 @@ def test_many_mistakes_end_with_code_2_in_lines_without_a_traceback(tmp_path, pr
     flags = ["--batch.micro_size", "65", "--optim.lrr", "1"]
     result = launch(["--run_dir", str(tmp_path / "run"), *flags], processes)
     assert result.returncode == (2 if processes == 1 else 1)  # torchrun answers 1 for any failure
-    ours = [line for line in result.stderr.splitlines() if "batch.micro_size 65" in line]
+    ours = [line for line in result.stderr.splitlines() if "batch.micro_size: 65" in line]
     assert len(ours) == 1  # one process speaks
     assert "optim.lrr" in result.stderr and 'train.py", line' not in result.stderr
     assert not (tmp_path / "run").exists()
@@ -119,7 +137,9 @@ def test_bad_input_is_refused_before_anything_is_written(tmp_path, monkeypatch, 
 @pytest.mark.parametrize("environment, message", [
     ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "unset it"),
     ({"ACCELERATE_USE_DEEPSPEED": "true"}, "FSDP2"),
+    ({"ACCELERATE_USE_FSDP": "true"}, "not supported yet"),
     ({"ACCELERATE_MIXED_PRECISION": "fp16"}, "fp16 needs a GPU"),
+    ({"ACCELERATE_MIXED_PRECISION": "FP16"}, "fp16 needs a GPU"),
 ])
 def test_launches_that_would_train_something_else_are_refused_in_one_line(
     tmp_path, environment, message
@@ -248,8 +268,8 @@ def wandb_steps(run):
 def test_wandb_gets_the_records_offline_and_one_line_says_so(tmp_path):
     for processes in (1, 2):
         run = tmp_path / str(processes)
-        result = launch(["--run_dir", str(run), *QUICK], processes, WANDB_MODE="",
-                        WANDB_API_KEY="", NETRC=str(tmp_path / "none"), HOME=str(tmp_path))
+        result = launch(["--run_dir", str(run), *QUICK], processes, WANDB_MODE=None,
+                        WANDB_API_KEY=None, NETRC=str(tmp_path / "none"), HOME=str(tmp_path))
         assert json.loads((run / "exit.json").read_text())["code"] == 0, result.stderr
         output = (result.stdout + result.stderr).splitlines()
         lines = [line for line in output if line.startswith("wandb")]
@@ -270,6 +290,12 @@ def test_a_tracker_that_fails_changes_nothing(tmp_path):
                      script="tests/no_tracker.py", FAIL_AT="log")
     assert len(re.findall("tracker: stopped", logging.stdout)) == 1
     assert (tmp_path / "logging" / "exit.json").exists()
+
+
+def test_dynamo_from_the_launcher_leaves_no_trace_in_the_names(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "AOT_EAGER")
+    run = train(tmp_path / "run", *QUICK)
+    assert load_model(run) and not any("_orig_mod" in name for name in weights(run))
 
 
 def test_recipes_train(tmp_path):

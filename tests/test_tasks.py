@@ -32,7 +32,7 @@ def test_without_tasks_the_only_candidate_is_the_target():
     ({"loss_args": {"label_smoothing": "much"}}, "tasks.digit.loss_args"),
 ])
 def test_what_does_not_fit_is_refused(options, message):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(ValueError, match=message):
         build(**options)
 
 
@@ -58,14 +58,16 @@ def test_a_model_that_fits_is_tried_without_a_trace():
     assert model.training and model[0].num_batches_tracked == 0
 
 
-def test_statistics_of_parts_add_up(tmp_path):
+def test_counts_of_parts_add_up():
     task = build()
     output, target = torch.randn(11, 3), torch.randint(3, (11,))
-    whole = task.result(task.statistics(output, {"digit": target}))
-    parts = sum(task.statistics(output[i : i + 4], {"digit": target[i : i + 4]})
+    losses = task.losses(output, {"digit": target})
+    assert losses.shape == (11,)
+    whole = task.result(losses.sum().item(), task.counts(output, {"digit": target}))
+    parts = sum(task.counts(output[i : i + 4], {"digit": target[i : i + 4]})
                 for i in range(0, 11, 4))
-    assert task.result(parts)["confusion"] == whole["confusion"]
-    assert task.result(parts)["loss"] == pytest.approx(whole["loss"], rel=1e-12)
+    assert task.result(0.0, parts)["confusion"] == whole["confusion"]
+    assert whole["loss"] == losses.sum().item() / 11
     logged = tasks.logged_metrics([task], {"digit": whole})
     assert list(logged) == tasks.metric_names([task])
     assert logged["eval/loss"] == whole["loss"]

@@ -9,14 +9,18 @@ from safetensors.torch import save_model
 from torch import nn
 
 
-def export(folder: Path, model: nn.Module, config: str, label_names: dict[str, list[str]]) -> None:
-    """Writes all that ``load_model`` needs, replacing an earlier export only when complete.
+def export(
+    folder: Path, model: nn.Module, config: str, label_names: dict[str, list[str]],
+    results: dict[str, dict],
+) -> None:
+    """Writes what ``load_model`` needs and how good it is; complete, it replaces an earlier one.
 
     Args:
         folder: ``best/`` or ``final/`` of a run.
         model: the module inside any wrapper.
         config: the resolved options as YAML.
         label_names: class names by task.
+        results: the last evaluation by task, for ``evaluation.json``.
     """
     new, old = (folder.with_name(f".{state}_{folder.name}") for state in ("new", "old"))
     for leftover in (new, old):
@@ -25,6 +29,7 @@ def export(folder: Path, model: nn.Module, config: str, label_names: dict[str, l
     save_model(model, str(new / "model.safetensors"))
     (new / "config.yaml").write_text(config, encoding="utf-8")
     (new / "labels.json").write_text(json.dumps(label_names, indent=1) + "\n", encoding="utf-8")
+    (new / "evaluation.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     if folder.exists():
         os.rename(folder, old)
     os.rename(new, folder)

@@ -8,16 +8,16 @@ mappings, validates once, and reports all mistakes together. It knows no option 
 import difflib
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
 
-class UserError(Exception):
+class UserError(ValueError):
     """A mistake the user can mend: reported without a traceback, exit code 2."""
 
     exit_code = 2
@@ -27,8 +27,20 @@ class Options(BaseModel):
     """Base of every group of options: immutable, and strict about names."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, coerce_numbers_to_str=True
+        frozen=True, extra="forbid", use_attribute_docstrings=True, coerce_numbers_to_str=True,
+        allow_inf_nan=False,
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _plain_values(cls, value: Any, info: ValidationInfo) -> Any:
+        annotation = cls.model_fields[info.field_name].annotation
+        kinds = get_args(annotation) or (annotation,)
+        if isinstance(value, bool) and bool not in kinds and {int, float} & set(kinds):
+            raise ValueError("a number is needed")  # pydantic would read true as 1
+        if value is None and (get_origin(annotation) is dict or _group_of(annotation)[0]):
+            return {}
+        return value
 
 
 AnyOptions = TypeVar("AnyOptions", bound=Options)
@@ -67,9 +79,10 @@ def to_yaml(options: Options) -> str:
     return yaml.safe_dump(options.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def nearest(name: str, candidates: Sequence[str]) -> str:
+def nearest(name: str, candidates: Iterable[str]) -> str:
     """``"; did you mean 'x'?"`` for the closest candidate, or all candidates if none is close."""
-    close = difflib.get_close_matches(name, candidates, n=1, cutoff=0.5)
+    candidates = list(candidates)
+    close = difflib.get_close_matches(name.lower(), candidates, n=1, cutoff=0.5)
     if close:
         return f"; did you mean {close[0]!r}?"
     return f"; known: {', '.join(sorted(candidates))}" if candidates else ""
@@ -111,7 +124,7 @@ def read(options_class: type[AnyOptions], arguments: Sequence[str], script: str)
     """
     mistakes: list[str] = []
     merged: dict = {}
-    flags: dict = {}
+    flags: list[dict] = []
     print_config = False
     queue = list(arguments)
     while queue:
@@ -127,12 +140,16 @@ def read(options_class: type[AnyOptions], arguments: Sequence[str], script: str)
             print_config = True
             continue
         if not has_value:  # a flag without a value is a switch
-            text = queue.pop(0) if queue and not queue[0].startswith("--") else "true"
-        if name == "recipe":
+            has_value = bool(queue) and not queue[0].startswith("--")
+            text = queue.pop(0) if has_value else "true"
+        if name == "recipe" and not has_value:
+            mistakes.append("--recipe: give a file, as in --recipe recipes/digits_mlp.yaml")
+        elif name == "recipe":
             merged = merge(merged, _read_recipe(text, mistakes))
         else:
-            flags = merge(flags, _nested_flag(name, text, mistakes))
-    merged = merge(merged, flags)
+            flags.append(_nested_flag(name, text, mistakes))
+    for flag in flags:
+        merged = merge(merged, flag)
     try:
         options = options_class.model_validate(merged)
     except ValidationError as error:
@@ -210,6 +227,8 @@ def _describe(error: dict, options_class: type[Options]) -> str:
             hint = nearest(path, known)
         return f"unknown option {path!r}{hint}"
     message = error["msg"].removeprefix("Value error, ")
+    if isinstance(error["input"], dict) and error["type"] == "value_error":
+        return f"{path}.{message}"  # a whole group was looked at; the message names the option
     given = "" if error["type"] == "missing" else f" (given: {error['input']!r})"
     return f"{path}: {message}{given}" if path else message
 

@@ -6,18 +6,24 @@ the plan names. No augmentation and no normalisation beyond the source's own hap
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 from torch import Tensor
 
 from trainlib.config import Options, UserError, nearest
 from trainlib.plan import Assignment, BatchPlan
 
 
+def _known_source(source: str) -> str:
+    if source not in SOURCES:
+        raise UserError(f"unknown source{nearest(source, SOURCES)}")
+    return source
+
+
 class DataOptions(Options):
-    source: str = "builtin:digits"
+    source: Annotated[str, AfterValidator(_known_source)] = "builtin:digits"
     """Where the samples come from: builtin:digits (1,797 handwritten digits of 8x8 pixels)."""
 
 
@@ -35,8 +41,9 @@ class BatchOptions(Options):
     def _micro_fits(self) -> "BatchOptions":
         if self.micro_size > self.global_size:
             raise ValueError(
-                f"batch.micro_size {self.micro_size} is more than batch.global_size "
-                f"{self.global_size}: a micro-batch is a part of the global batch"
+                f"micro_size: {self.micro_size} is more than batch.global_size "
+                f"{self.global_size}: a micro-batch is a part of the global batch; "
+                "set --batch.micro_size, too"
             )
         return self
 
@@ -79,13 +86,8 @@ def load(options: DataOptions) -> Dataset:
     """The data set that the options name, checked.
 
     Raises:
-        UserError: an unknown source, an empty split, inputs that are not finite, or labels
-            outside the classes.
+        UserError: an empty split, inputs that are not finite, or labels outside the classes.
     """
-    if options.source not in SOURCES:
-        raise UserError(
-            f"data.source: unknown {options.source!r}{nearest(options.source, list(SOURCES))}"
-        )
     dataset = SOURCES[options.source]()
     for name, split in (("training", dataset.train), ("validation", dataset.validation)):
         check(split, f"{options.source}, {name} split", dataset.label_names)

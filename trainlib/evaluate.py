@@ -1,12 +1,16 @@
 """One exact pass over a data set.
 
 Batch ``j`` runs on process ``j % world_size``, so every batch has the same shape and content on
-any number of processes; what is added up are counts and float64 sums. No sample is padded,
-repeated or dropped, and nothing here changes the model.
+any number of processes. Added up over processes are counts and the loss sum of each batch, in a
+slot of its own: every slot has one non-zero addend, so no order of addition shows. No sample is
+padded, repeated or dropped, and nothing here changes the model.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -32,21 +36,37 @@ def evaluate(
         split: on the model's device.
     """
     device = accelerator.device
-    totals = [torch.zeros(t.statistics_size, dtype=sum_dtype(device), device=device) for t in tasks]
-    was_training = model.training
-    model.eval()
-    stride = batch_size * accelerator.num_processes
-    for start in range(batch_size * accelerator.process_index, len(split), stride):
-        chosen = slice(start, start + batch_size)
-        targets = {name: column[chosen] for name, column in split.targets.items()}
-        output = model(split.inputs[chosen])
-        for task, total in zip(tasks, totals, strict=True):
-            total += task.statistics(output, targets)
-    model.train(was_training)
+    num_batches = -(-len(split) // batch_size)
+    zeros = partial(torch.zeros, dtype=sum_dtype(device), device=device)
+    loss_sums = [zeros(num_batches) for _ in tasks]
+    counts = [zeros(task.counts_size) for task in tasks]
+    with eval_mode(model):
+        for number in range(accelerator.process_index, num_batches, accelerator.num_processes):
+            chosen = slice(number * batch_size, (number + 1) * batch_size)
+            targets = {name: column[chosen] for name, column in split.targets.items()}
+            output = model(split.inputs[chosen])
+            for task, task_sums, task_counts in zip(tasks, loss_sums, counts, strict=True):
+                task_sums[number] = task.losses(output, targets).to(task_sums.dtype).sum()
+                task_counts += task.counts(output, targets)
     if accelerator.num_processes > 1:
-        for total in totals:
+        for total in [*loss_sums, *counts]:
             torch.distributed.all_reduce(total)
-    return {task.name: task.result(total) for task, total in zip(tasks, totals, strict=True)}
+    return {
+        task.name: task.result(task_sums.sum().item(), task_counts)
+        for task, task_sums, task_counts in zip(tasks, loss_sums, counts, strict=True)
+    }
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode for a while; every module then goes back to its own mode, frozen ones too."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, was_training in modes:
+            module.training = was_training
 
 
 @torch.no_grad()
@@ -56,14 +76,12 @@ def inspect_step(model: nn.Module, reader: Reader, tasks: list[Task], step: int)
     Runs on one process, without communication; the model stays as it is.
     """
     rows, suspects = reader.rows(step), []
-    was_training = model.training
-    model.eval()
     split = reader.split
-    for row, sample in zip(rows, reader.plan.samples(step).tolist(), strict=True):
-        chosen = slice(sample, sample + 1)
-        targets = {name: column[chosen] for name, column in split.targets.items()}
-        output = model(split.inputs[chosen])
-        if not all(task.losses(output, targets).isfinite().all() for task in tasks):
-            suspects.append(row)
-    model.train(was_training)
+    with eval_mode(model):
+        for row, sample in zip(rows, reader.plan.samples(step).tolist(), strict=True):
+            chosen = slice(sample, sample + 1)
+            targets = {name: column[chosen] for name, column in split.targets.items()}
+            output = model(split.inputs[chosen])
+            if not all(task.losses(output, targets).isfinite().all() for task in tasks):
+                suspects.append(row)
     return {"suspects": suspects, "rows": rows}

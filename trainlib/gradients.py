@@ -64,6 +64,7 @@ class StepSums:
     def clear(self) -> None:
         """Starts a step."""
         self.vector.zero_()
+        self._has_all = False
 
     def no_sync(self, is_last: bool) -> AbstractContextManager:
         """Keeps DDP from reducing: always for the exact sum, else on all but the last backward."""
@@ -93,32 +94,29 @@ class StepSums:
             return
         if is_real:
             gradients = [p.grad for p in self.parameters]
-            if None in gradients:
+            if any(gradient is None for gradient in gradients):
                 pairs = [(i, g) for i, g in enumerate(gradients) if g is not None]
                 self._used[[i for i, _ in pairs]] = 1
                 torch._foreach_add_([self._gradients[i] for i, _ in pairs], [g for _, g in pairs])
             else:
                 self._used.fill_(1)
+                self._has_all = True
                 torch._foreach_add_(self._gradients, gradients)
         for parameter in self.parameters:
             parameter.grad = None
 
     def reduce(self) -> None:
         """Sums the vector over all processes and writes the exact gradients, cast once."""
-        local_use = self._used.clone() if self.sums_gradients else None
         if self.world_size > 1:
             torch.distributed.all_reduce(self.vector)
         if not self.sums_gradients:
             return
         unused: set[int] = set()
-        # Reading the flags waits for the device, so it is done only where a gradient is missing:
-        # what this process has used, somebody has.
-        if self._missing(local_use):
+        # Reading the flags waits for the device. One micro-batch of this process that reached
+        # every parameter says enough.
+        if not self._has_all:
             unused = set((self._used == 0).nonzero().flatten().tolist())
         for index, (parameter, total) in enumerate(
             zip(self.parameters, self._gradients, strict=True)
         ):
             parameter.grad = None if index in unused else total.to(parameter.dtype)
-
-    def _missing(self, local_use: Tensor | None) -> bool:
-        return local_use is not None and not bool(local_use.all())

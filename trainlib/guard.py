@@ -78,22 +78,23 @@ class Guard:
         self,
         optimizer: torch.optim.Optimizer,
         device: torch.device,
-        has_scaler: bool,
+        scaler: torch.amp.GradScaler | None,
         bad_steps_file: Path | None,
         inspect_step: Callable[[int], dict],
     ):
         """
         Args:
             optimizer: unwrapped.
-            has_scaler: fp16, where the scaler itself skips.
+            scaler: of fp16, whose search for a scale skips steps that are nobody's fault.
             bad_steps_file: written by the process that has one.
             inspect_step: names the samples of a step, for the list.
         """
-        self.optimizer, self.has_scaler = optimizer, has_scaler
+        self.optimizer, self.scaler = optimizer, scaler
         self.bad_steps_file, self.inspect_step = bad_steps_file, inspect_step
         is_fused = all(group.get("fused") for group in optimizer.param_groups)
-        # Optimizers that are not fused ignore found_inf or raise on it: for them the host reads.
-        self.on_device = device.type == "cuda" and (is_fused or has_scaler)
+        # Optimizers that are not fused ignore found_inf or raise on it: for them the host reads,
+        # as it does for the scaler, which reads on the host itself.
+        self.on_device = device.type == "cuda" and is_fused and scaler is None
         self.healthy: bool | Tensor = True
         self.bad_in_a_row = 0
 
@@ -106,9 +107,8 @@ class Guard:
             self.healthy = all(map(math.isfinite, [*losses.tolist(), grad_norm.item()]))
             return self.healthy
         self.healthy = finite = losses.isfinite().all() & grad_norm.isfinite()
-        if not self.has_scaler:
-            self.optimizer.found_inf = (~finite).float()
-            self.optimizer.grad_scale = None
+        self.optimizer.found_inf = (~finite).float()
+        self.optimizer.grad_scale = None
         return True
 
     def observe(self, record: StepRecord) -> str | None:
@@ -123,6 +123,8 @@ class Guard:
         if record.is_finite:
             self.bad_in_a_row = 0
             return None
+        if self._is_scale_search(record):
+            return None
         self.bad_in_a_row += 1
         what = "loss" if not all(map(math.isfinite, record.mean_losses)) else "gradient"
         line = f"step {record.step}: the {what} is not finite; update skipped on all processes"
@@ -132,7 +134,9 @@ class Guard:
             with self.bad_steps_file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(entry) + "\n")
             if details["suspects"]:
-                line += f"; non-finite loss in row {', '.join(map(str, details['suspects']))}"
+                shown = ", ".join(map(str, details["suspects"][:5]))
+                more = len(details["suspects"]) - 5
+                line += f"; non-finite loss in row {shown}" + (f" and {more} more" * (more > 0))
             line += f" ({self.bad_steps_file.name})"
         if self.bad_in_a_row >= MAX_BAD_STEPS_IN_A_ROW:
             raise Diverged(
@@ -140,3 +144,8 @@ class Guard:
                 "--optim.lr, or look at the samples named there"
             )
         return line
+
+    def _is_scale_search(self, record: StepRecord) -> bool:
+        """Whether fp16's scaler overflowed on its way to a fitting scale (below 1, none fits)."""
+        losses_are_finite = all(map(math.isfinite, record.mean_losses))
+        return self.scaler is not None and losses_are_finite and self.scaler.get_scale() >= 1

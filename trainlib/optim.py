@@ -8,7 +8,7 @@ import inspect
 from typing import Annotated, Any
 
 import torch
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 from torch import nn
 
 from trainlib.config import Options, UserError, nearest
@@ -27,10 +27,25 @@ class OptimOptions(Options):
     max_grad_norm: float | None = Field(1.0, gt=0)
     """Gradients are scaled down to this global norm; none: never."""
 
+    @model_validator(mode="after")
+    def _optimizer_is_known(self) -> "OptimOptions":
+        if self.name not in OPTIMIZERS:
+            raise UserError(f"name: unknown {self.name!r}{nearest(self.name, OPTIMIZERS)}")
+        signature = inspect.signature(OPTIMIZERS[self.name]).parameters
+        if self.weight_decay and "weight_decay" not in signature:
+            raise UserError(f"weight_decay: {self.name} has none; set it to 0")
+        takes = [name for name in signature if name not in _SET_ELSEWHERE]
+        for name in self.args:
+            if name in _SET_ELSEWHERE:
+                raise UserError(f"args: set {name!r} as --optim.{name}")
+            if name not in takes:
+                raise UserError(f"args: {self.name} does not take {name!r}{nearest(name, takes)}")
+        return self
+
 
 def _known_shape(name: str) -> str:
     if name not in SHAPES:
-        raise ValueError(f"unknown schedule{nearest(name, list(SHAPES))}")
+        raise ValueError(f"unknown schedule{nearest(name, SHAPES)}")
     return name
 
 
@@ -46,9 +61,10 @@ class ScheduleOptions(Options):
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     name.lower(): value
     for name, value in vars(torch.optim).items()
-    # LBFGS evaluates the loss several times a step, SparseAdam takes sparse gradients only.
+    # LBFGS evaluates the loss several times a step, SparseAdam takes sparse gradients only, and
+    # Muon matrices only.
     if isinstance(value, type) and issubclass(value, torch.optim.Optimizer)
-    and name not in ("Optimizer", "LBFGS", "SparseAdam")
+    and name not in ("Optimizer", "LBFGS", "SparseAdam", "Muon")
 }
 _SET_ELSEWHERE = ("params", "lr", "weight_decay")
 
@@ -67,36 +83,26 @@ def build_optimizer(options: OptimOptions, model: nn.Module) -> torch.optim.Opti
     """The optimizer over the model's trainable parameters, fused where torch has it.
 
     Raises:
-        UserError: an unknown name, an argument that the class does not take or refuses, nothing
-            to train.
+        UserError: arguments that the class refuses, or nothing to train.
     """
-    if options.name not in OPTIMIZERS:
-        raise UserError(
-            f"optim.name: unknown {options.name!r}{nearest(options.name, list(OPTIMIZERS))}"
-        )
     optimizer_class = OPTIMIZERS[options.name]
-    takes = [name for name in inspect.signature(optimizer_class).parameters
-             if name not in _SET_ELSEWHERE]
-    for name in options.args:
-        if name in _SET_ELSEWHERE:
-            raise UserError(f"optim.args: set {name!r} as --optim.{name}")
-        if name not in takes:
-            raise UserError(
-                f"optim.args: {options.name} does not take {name!r}{nearest(name, takes)}"
-            )
+    takes = inspect.signature(optimizer_class).parameters
     groups = parameter_groups(model, options.weight_decay)
     if not groups:
         raise UserError("the model has no trainable parameters")
-    if "weight_decay" not in inspect.signature(optimizer_class).parameters:
-        if options.weight_decay:
-            raise UserError(f"optim.weight_decay: {options.name} has none; set it to 0")
+    if "weight_decay" not in takes:
         groups = [{"params": group["params"]} for group in groups]
-    device = groups[0]["params"][0].device.type
-    # torch fuses these four; on other devices than these it raises.
-    fused = {"fused": True} if "fused" in takes and device in ("cpu", "cuda") else {}
+    fused = {}
+    if "fused" in takes and not {"foreach", "capturable", "differentiable"} & set(options.args):
+        device = groups[0]["params"][0].device.type
+        # On a GPU the fused SGD that skips its first step by found_inf goes on with momentum
+        # buffers nobody has written (torch 2.13); unfused, the guard skips on the host.
+        uses_momentum = options.name == "sgd" and options.args.get("momentum")
+        if device == "cpu" or (device == "cuda" and not uses_momentum):
+            fused = {"fused": True}
     try:
         return optimizer_class(groups, lr=options.lr, **(fused | options.args))
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, IndexError) as error:
         raise UserError(f"optim: {options.name} refuses its arguments: {error}") from error
 
 

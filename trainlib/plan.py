@@ -13,6 +13,7 @@ import numpy as np
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
 _ROUNDS = 6
+_ORDER, _FORWARD = 1, 2  # what a key is for, so that no two purposes share one
 _DRAWS_PER_BLOCK = 4096  # planning so many draws at once hides numpy's cost per call
 
 
@@ -28,6 +29,11 @@ def mix(*words: int) -> int:
         key = ((key ^ (key >> 27)) * 0x94D049BB133111EB) & _MASK
         key ^= key >> 31
     return key
+
+
+def forward_seed(seed: int, step: int, micro_batch: int) -> int:
+    """The seed of everything random in one forward: the same wherever the micro-batch runs."""
+    return mix(seed, _FORWARD, step, micro_batch)
 
 
 def permute(positions: np.ndarray, size: int, round_keys: np.ndarray) -> np.ndarray:
@@ -86,7 +92,7 @@ def samples_of(draws: np.ndarray, num_samples: int, seed: int) -> np.ndarray:
     epochs, positions = np.divmod(draws, num_samples)
     distinct, which = np.unique(epochs, return_inverse=True)
     table = np.array(
-        [[mix(seed, int(epoch), number) for number in range(_ROUNDS)] for epoch in distinct],
+        [[mix(seed, _ORDER, int(e), number) for number in range(_ROUNDS)] for e in distinct],
         dtype=np.uint64,
     )
     return permute(positions, num_samples, table if len(table) == 1 else table[which])

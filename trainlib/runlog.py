@@ -22,6 +22,7 @@ from pydantic import Field
 from tqdm import tqdm
 
 from trainlib.config import Options, parse_yaml
+from trainlib.schedule import is_time
 
 if TYPE_CHECKING:
     from trainlib.guard import StepRecord
@@ -54,7 +55,9 @@ class RunLog:
     ):
         self.accelerator, self.device = accelerator, accelerator.device
         self.is_main = accelerator.is_main_process
-        self.total_steps, self.samples_per_step = total_steps, samples_per_step
+        self.every, self.total_steps, self.samples_per_step = (
+            options.every, total_steps, samples_per_step
+        )
         self.epochs_per_step = samples_per_step / num_samples
         self._last = (0, time.perf_counter())
         self._train_loss = math.nan
@@ -73,14 +76,21 @@ class RunLog:
             sys.stdout.flush()
 
     def training(self, record: StepRecord, tasks: list[Task]) -> None:
-        """Records one step: the mean losses over its global batch, by task if there are several."""
+        """Takes a step in, and records it when it is time.
+
+        The losses are means over its global batch, by task if there are several.
+        """
         if not self.is_main:
             return
         step, now = record.step + 1, time.perf_counter()
+        self._train_loss = sum(
+            task.weight * mean for task, mean in zip(tasks, record.mean_losses, strict=True)
+        )
+        if not is_time(step, self.every, self.total_steps):
+            return
         (last_step, last_time), self._last = self._last, (step, now)
         rate = (step - last_step) * self.samples_per_step / (now - last_time)
-        total = sum(t.weight * m for t, m in zip(tasks, record.mean_losses, strict=True))
-        losses = {"train/loss": total}
+        losses = {"train/loss": self._train_loss}
         if len(tasks) > 1:
             losses |= {f"train/{t.name}/loss": m
                        for t, m in zip(tasks, record.mean_losses, strict=True)}
@@ -88,9 +98,8 @@ class RunLog:
             "train/lr": record.lr, "train/grad_norm": record.grad_norm,
             "speed/samples_per_second": rate, "memory/peak_gib": self._peak_gib(),
         })
-        self._train_loss = total
         if self._bar is not None:
-            self._bar.set_postfix_str(f"loss {total:.4f}, lr {record.lr:.2e}")
+            self._bar.set_postfix_str(f"loss {self._train_loss:.4f}, lr {record.lr:.2e}")
             self._bar.update(step - self._bar.n)
 
     def evaluation(
@@ -111,8 +120,8 @@ class RunLog:
                  f"epoch {step * self.epochs_per_step:.2f}  {numbers}{'  best' if is_best else ''}")
 
     def close(self) -> None:
-        """Ends the bar, the file and the trackers."""
-        if not self.is_main:
+        """Ends the bar, the file and the trackers; a second call does nothing."""
+        if not self.is_main or self._file.closed:
             return
         if self._bar is not None:
             self._bar.close()
@@ -151,7 +160,10 @@ class RunLog:
         except Exception as error:
             self.say(f"tracker: not started ({_one_line(error)}); metrics.jsonl has everything")
             return False
-        return True
+        if not self.accelerator.trackers:
+            self.say(f"tracker: {', '.join(options.trackers)} is not installed; metrics.jsonl has "
+                     "everything")
+        return bool(self.accelerator.trackers)
 
     def _peak_gib(self) -> float:
         if self.device.type == "cuda":

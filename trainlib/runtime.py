@@ -38,7 +38,7 @@ def make_accelerator(
         UserError: a launch that Accelerate would carry out as something else.
     """
     accumulation = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
-    if accumulation not in ("1", "auto"):
+    if accumulation != "1":
         raise UserError(
             f"ACCELERATE_GRADIENT_ACCUMULATION_STEPS is {accumulation}, which would divide every "
             "gradient again: unset it (or gradient_accumulation_steps in the accelerate config); "
@@ -47,10 +47,15 @@ def make_accelerator(
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         raise UserError(
             "DeepSpeed divides and accumulates gradients its own way, so the curve would change: "
-            "use a config without it, such as accelerate_configs/multi_gpu.yaml (for models "
-            "larger than one GPU, Accelerate's FSDP2)"
+            "use a config without it, such as accelerate_configs/multi_gpu.yaml; sharding will be "
+            "FSDP2's part"
         )
-    torch.set_num_threads(cpu_threads)
+    for variable in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM"):
+        if os.environ.get(variable, "false").lower() == "true":
+            raise UserError(
+                f"{variable} is set, but sharded models are not supported yet: every process "
+                "holds the whole model; use accelerate_configs/multi_gpu.yaml"
+            )
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -64,6 +69,7 @@ def make_accelerator(
         )
     except ValueError as error:  # such as fp8 without its packages, bf16 without support
         raise UserError(f"Accelerate refuses this launch: {error}") from error
+    torch.set_num_threads(cpu_threads)  # after Accelerate, which sets a number of its own
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != accelerator.num_processes:
         raise UserError(
@@ -71,8 +77,7 @@ def make_accelerator(
             "they would train separately and overwrite each other: this machine has no GPU for "
             "that config; for several CPU processes set ACCELERATE_USE_CPU=true"
         )
-    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if precision == "fp16" and accelerator.scaler is None:
+    if accelerator.mixed_precision.lower() == "fp16" and accelerator.scaler is None:
         raise UserError(
             f"mixed_precision fp16 needs a GPU; on {accelerator.device.type} Accelerate would "
             "train in fp32 without a word: set mixed_precision to bf16 or 'no'"
@@ -108,21 +113,34 @@ class RunFolder:
         """
         self.path, self.is_main = path, accelerator.is_main_process
         self.step = 0
+        self.at_exit: Callable[[], None] = lambda: None
         self._check(config)
         accelerator.wait_for_everyone()  # nobody looks at the folder any more
+        if self.is_main:
+            try:
+                self._write_start(config, accelerator)
+            except OSError as error:
+                raise UserError(
+                    f"run_dir: {path} cannot be written ({error.strerror}); choose another "
+                    "--run_dir"
+                ) from error
         RunFolder.current = self
-        if not self.is_main:
-            return
-        path.mkdir(parents=True, exist_ok=True)
+
+    def _write_start(self, config: str, accelerator: Accelerator) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
         for name in ("exit.json", "bad_steps.jsonl", "metrics.jsonl"):
-            (path / name).unlink(missing_ok=True)
-        (path / "config.yaml").write_text(config, encoding="utf-8")
-        (path / "environment.json").write_text(
+            (self.path / name).unlink(missing_ok=True)
+        (self.path / "config.yaml").write_text(config, encoding="utf-8")
+        (self.path / "environment.json").write_text(
             json.dumps(_environment(accelerator), indent=1) + "\n", encoding="utf-8"
         )
 
     def _check(self, config: str) -> None:
-        if not self.path.exists():
+        try:
+            exists = self.path.exists()
+        except OSError as error:
+            raise UserError(f"run_dir: {self.path}: {error.strerror}") from error
+        if not exists:
             return
         if not self.path.is_dir():
             raise UserError(f"run_dir: {self.path} is a file; choose another --run_dir")
@@ -130,7 +148,7 @@ class RunFolder:
             return
         try:
             found = flatten(parse_yaml((self.path / "config.yaml").read_text(encoding="utf-8")))
-        except (OSError, yaml.YAMLError, AttributeError) as error:
+        except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError) as error:
             raise UserError(f"run_dir: {self.path} holds files but no run (config.yaml); choose "
                             "another --run_dir") from error
         wanted = flatten(parse_yaml(config))
@@ -179,7 +197,11 @@ def run(main: Callable[[list[str]], None]) -> None:
             print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
     folder = RunFolder.current
     if folder is not None and reason is not None:
-        folder.record_exit(code, reason)
+        folder.at_exit()
+        try:
+            folder.record_exit(code, reason)
+        except OSError as error:
+            print(f"exit.json cannot be written: {error}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     if torch.distributed.is_initialized():
@@ -193,11 +215,15 @@ def run(main: Callable[[list[str]], None]) -> None:
 
 def _environment(accelerator: Accelerator) -> dict:
     folder = Path(__file__).resolve().parent
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True)
+    try:
+        command = ["git", "rev-parse", "HEAD"]
+        git = subprocess.run(command, cwd=folder, capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git on this machine
+        git = ""
     device = accelerator.device
     return {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        "git_commit": git.stdout.strip() or None,
+        "git_commit": git or None,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "accelerate": accelerate.__version__,

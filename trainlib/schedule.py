@@ -8,14 +8,17 @@ import math
 import re
 from collections.abc import Callable
 
-_DURATION = re.compile(r"\s*([0-9.]+(?:e[-+]?[0-9]+)?)\s*(epochs?|steps?|%)\s*", re.IGNORECASE)
+_DURATION = re.compile(
+    r"\s*([0-9]+(?:\.[0-9]*)?(?:e[-+]?[0-9]+)?)\s*(epochs?|steps?|%)\s*", re.IGNORECASE
+)
 
 # Each shape maps progress in [0, 1) after warm-up to a factor that falls from 1 towards 0.
 SHAPES: dict[str, Callable[[float], float]] = {
     "constant": lambda progress: 1.0,
     "linear": lambda progress: 1.0 - progress,
-    # Loshchilov & Hutter 2017 (SGDR), equation 5, one cycle.
-    "cosine": lambda progress: 0.5 * (1.0 + math.cos(math.pi * progress)),
+    # Loshchilov & Hutter 2017 (SGDR), equation 5, one cycle: (1 + cos(pi p)) / 2, in the form
+    # that keeps its digits near the end.
+    "cosine": lambda progress: math.sin(math.pi / 2 * (1.0 - progress)) ** 2,
 }
 
 
@@ -49,7 +52,7 @@ def check_duration(text: str) -> str:
         ValueError: it does not.
     """
     match = _DURATION.fullmatch(text)
-    if match is None or float(match[1]) < 0:
+    if match is None or not float(match[1]) < 1e15:
         raise ValueError('a duration reads like "20 epochs", "500 steps" or "5%"')
     return text
 

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from trainlib import losses, metrics
@@ -28,6 +28,18 @@ class TaskOptions(Options):
     """Arguments of the loss, such as label_smoothing, class_weights, gamma, alpha."""
     weight: float = Field(1.0, gt=0)
     """Factor of this task's mean loss in the total."""
+
+    @model_validator(mode="after")
+    def _loss_is_known(self) -> "TaskOptions":
+        if self.loss not in losses.LOSSES:
+            raise UserError(f"loss: unknown {self.loss!r}{nearest(self.loss, losses.LOSSES)}")
+        takes = list(inspect.signature(losses.LOSSES[self.loss]).parameters)[2:]
+        for name in self.loss_args:
+            if name not in takes:
+                raise UserError(
+                    f"loss_args: {self.loss} does not take {name!r}{nearest(name, takes)}"
+                )
+        return self
 
 
 @dataclass(frozen=True)
@@ -52,14 +64,15 @@ class Task:
             UserError: with both shapes; or the model's own error.
         """
         batch_size = len(inputs)
-        was_training = model.training
+        modes = [(module, module.training) for module in model.modules()]
         try:
             output = model.eval()(inputs)
         except (RuntimeError, ValueError, TypeError) as error:
             raise UserError(f"the model cannot take inputs of shape {tuple(inputs.shape)}: "
                             f"{' '.join(str(error).split())}") from error
         finally:
-            model.train(was_training)
+            for module, was_training in modes:
+                module.training = was_training
         wanted = (batch_size, len(self.label_names))
         given = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         if given != wanted:
@@ -69,25 +82,23 @@ class Task:
             )
 
     @property
-    def statistics_size(self) -> int:
-        """Length of the vector of additive statistics."""
-        return 2 + len(self.label_names) ** 2
+    def counts_size(self) -> int:
+        """Length of the vector of additive counts."""
+        return len(self.label_names) ** 2
 
-    def statistics(self, output: Tensor, targets: dict[str, Tensor]) -> Tensor:
-        """[statistics_size] sums over one batch: the loss, the items, the confusion counts."""
-        target = targets[self.target]
-        dtype = metrics.sum_dtype(output.device)
-        loss_sum = self.losses(output, targets).to(dtype).sum()
-        counts = metrics.confusion_counts(output.argmax(1), target, len(self.label_names))
-        return torch.cat([loss_sum.view(1), torch.full_like(loss_sum, len(target)).view(1),
-                          counts.flatten().to(dtype)])
+    def counts(self, output: Tensor, targets: dict[str, Tensor]) -> Tensor:
+        """[counts_size] additive counts of one batch: the confusion matrix, row by row."""
+        return metrics.confusion_counts(
+            output.argmax(1), targets[self.target], len(self.label_names)
+        ).flatten()
 
-    def result(self, statistics: Tensor) -> dict:
-        """The metrics that summed statistics mean, as ``metrics.classification_metrics``."""
-        loss_sum, count, *_ = statistics.tolist()
-        counts = statistics[2:].view(len(self.label_names), -1)
-        return {"loss": loss_sum / count, "confusion": counts.to(torch.int64).tolist(),
-                } | metrics.classification_metrics(counts)
+    def result(self, loss_sum: float, counts: Tensor) -> dict:
+        """The metrics that sums over all samples mean, as ``metrics.classification_metrics``."""
+        counts = counts.view(len(self.label_names), -1).cpu()
+        return {
+            "loss": loss_sum / counts.sum().item(),
+            "confusion": counts.to(torch.int64).tolist(),
+        } | metrics.classification_metrics(counts)
 
     def report(self, result: dict) -> str:
         """The result as the text that people know."""
@@ -151,7 +162,7 @@ def build_tasks(
     """The tasks that resolved options describe, each loss tried once on blank logits.
 
     Raises:
-        UserError: an unknown loss, an argument it does not take or refuses; a second task.
+        UserError: arguments that the loss refuses; a second task.
     """
     if len(options) > 1:
         raise UserError(
@@ -160,18 +171,8 @@ def build_tasks(
     tasks = []
     for name, task in options.items():
         where = f"tasks.{name}"
-        if task.loss not in losses.LOSSES:
-            raise UserError(
-                f"{where}.loss: unknown {task.loss!r}{nearest(task.loss, list(losses.LOSSES))}"
-            )
-        function = losses.LOSSES[task.loss]
-        takes = list(inspect.signature(function).parameters)[2:]
-        for argument in task.loss_args:
-            if argument not in takes:
-                raise UserError(f"{where}.loss_args: {task.loss} does not take {argument!r}"
-                                f"{nearest(argument, takes)}")
         names = label_names[task.target]
-        loss = partial(function, **task.loss_args)
+        loss = partial(losses.LOSSES[task.loss], **task.loss_args)
         try:
             loss(torch.zeros(1, len(names)), torch.zeros(1, dtype=torch.int64))
         except (TypeError, ValueError, RuntimeError) as error:

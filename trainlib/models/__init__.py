@@ -6,10 +6,12 @@ A model is any ``nn.Module`` that maps inputs to logits. Arguments that only the
 
 import inspect
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pydantic import model_validator
 from torch import nn
 
 from trainlib.config import Options, UserError, nearest, parse_yaml
@@ -25,6 +27,16 @@ class ModelOptions(Options):
     args: dict[str, Any] = {}
     """Arguments of the net: hidden and dropout of the mlp, depth and width of the resnet."""
 
+    @model_validator(mode="after")
+    def _net_is_known(self) -> "ModelOptions":
+        if self.name not in BUILTIN:
+            raise UserError(f"name: unknown {self.name!r}{nearest(self.name, BUILTIN)}")
+        takes = list(inspect.signature(BUILTIN[self.name]).parameters)
+        for name in self.args:
+            if name not in takes:
+                raise UserError(f"args: {self.name} does not take {name!r}{nearest(name, takes)}")
+        return self
+
 
 def complete(
     options: ModelOptions, input_shape: tuple[int, ...], num_classes: int
@@ -33,24 +45,11 @@ def complete(
 
     Args:
         input_shape: of one sample, [channels, height, width] for images.
-
-    Raises:
-        UserError: an unknown net, or an argument that it does not take.
     """
-    if options.name not in BUILTIN:
-        raise UserError(
-            f"model.name: unknown {options.name!r}{nearest(options.name, list(BUILTIN))}"
-        )
-    takes = list(inspect.signature(BUILTIN[options.name]).parameters)
-    for name in options.args:
-        if name not in takes:
-            raise UserError(
-                f"model.args: {options.name} does not take {name!r}{nearest(name, takes)}"
-            )
-    size = 1
-    for extent in input_shape:
-        size *= extent
-    known = {"inputs": size, "channels": input_shape[0], "classes": num_classes}
+    takes = inspect.signature(BUILTIN[options.name]).parameters
+    known = {
+        "inputs": math.prod(input_shape), "channels": input_shape[0], "classes": num_classes
+    }
     filled = {name: value for name, value in known.items() if name in takes}
     return options.model_copy(update={"args": filled | options.args})
 
