@@ -31,6 +31,11 @@ from trainlib.progress import Progress  # noqa: E402
 from trainlib.schedule import lr_multiplier  # noqa: E402
 
 BATCH_SIZE = 64
+MODELS = {
+    "mlp": models.ModelOptions(),
+    "resnet8": models.ModelOptions(name="resnet"),
+    "resnet20": models.ModelOptions(name="resnet", args={"depth": 20}),
+}
 
 
 def fenced_step() -> str:
@@ -49,8 +54,8 @@ def build(model_options: models.ModelOptions, dataset: data.Dataset):
     return module, optim.build_optimizer(optim.OptimOptions(), module), task_list
 
 
-def bare_steps(name: str, dataset: data.Dataset):
-    module, optimizer, _ = build(models.ModelOptions(name=name), dataset)
+def bare_steps(model_options: models.ModelOptions, dataset: data.Dataset):
+    module, optimizer, _ = build(model_options, dataset)
     inputs, targets = dataset.train.inputs, dataset.train.targets["digit"]
     parameters = list(module.parameters())
     order = torch.randperm(len(inputs))
@@ -73,10 +78,10 @@ def bare_steps(name: str, dataset: data.Dataset):
     return run
 
 
-def fence_steps(name: str, dataset: data.Dataset):
+def fence_steps(model_options: models.ModelOptions, dataset: data.Dataset):
     """A function that runs train.py's own step, compiled from its text, so many times."""
     accelerator = runtime.make_accelerator([], False, 1)
-    module, optimizer, task_list = build(models.ModelOptions(name=name), dataset)
+    module, optimizer, task_list = build(model_options, dataset)
     model, prepared = accelerator.prepare(module, optimizer)
     options = type("Options", (), {"seed": 0, "optim": optim.OptimOptions()})
     batch = data.BatchOptions(global_size=BATCH_SIZE, micro_size=BATCH_SIZE)
@@ -121,9 +126,9 @@ def main() -> None:
     dataset = data.load(data.DataOptions())
     print(f"torch {torch.__version__}, batch {BATCH_SIZE} in one micro-batch, one thread, "
           f"{arguments.rounds} rounds of {arguments.steps} steps, medians")
-    print(f"{'model':8}{'bare us':>10}{'fence us':>10}{'ratio':>8}")
-    for name in ("mlp", "resnet"):
-        sides = [bare_steps(name, dataset), fence_steps(name, dataset)]
+    print(f"{'model':10}{'bare us':>10}{'fence us':>10}{'ratio':>8}")
+    for name, model_options in MODELS.items():
+        sides = [bare_steps(model_options, dataset), fence_steps(model_options, dataset)]
         times: list[list[float]] = [[], []]
         for side in sides:
             side(arguments.steps)
@@ -134,7 +139,7 @@ def main() -> None:
                 times[index].append((time.perf_counter() - start) / arguments.steps * 1e6)
         bare, fence = (statistics.median(record) for record in times)
         ratio = statistics.median(f / b for b, f in zip(*times, strict=True))
-        print(f"{name:8}{bare:10.0f}{fence:10.0f}{ratio:8.3f}")
+        print(f"{name:10}{bare:10.0f}{fence:10.0f}{ratio:8.3f}")
 
 
 if __name__ == "__main__":

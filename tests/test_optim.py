@@ -46,7 +46,7 @@ def test_arguments_reach_the_class_and_the_rate_reaches_every_group():
 
 
 @pytest.mark.parametrize("options, message", [
-    ({"name": "adanw"}, "unknown 'adanw'; did you mean 'adamw'"),
+    ({"name": "adanw"}, "unknown; did you mean 'adamw'"),
     ({"args": {"momentun": 0.9}, "name": "sgd"}, "did you mean 'momentum'"),
     ({"args": {"lr": 0.9}}, "set 'lr' as --optim.lr"),
     ({"args": {"betas": [2, 2]}}, "adamw refuses"),

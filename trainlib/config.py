@@ -14,7 +14,14 @@ from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 
 class UserError(ValueError):
@@ -86,6 +93,20 @@ def nearest(name: str, candidates: Iterable[str]) -> str:
     if close:
         return f"; did you mean {close[0]!r}?"
     return f"; known: {', '.join(sorted(candidates))}" if candidates else ""
+
+
+def one_of(candidates: Iterable[str]) -> AfterValidator:
+    """A validator for names: refuses a name that is not among the candidates, naming the nearest.
+
+    The candidates are looked at when a name is read, so they may be registered later.
+    """
+
+    def check(name: str) -> str:
+        if name not in candidates:
+            raise ValueError(f"unknown{nearest(name, candidates)}")
+        return name
+
+    return AfterValidator(check)
 
 
 def merge(base: dict, override: dict) -> dict:

@@ -9,21 +9,17 @@ from dataclasses import dataclass
 from typing import Annotated, NamedTuple
 
 import torch
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from trainlib.config import Options, UserError, nearest
+from trainlib.config import Options, UserError, one_of
 from trainlib.plan import Assignment, BatchPlan
 
-
-def _known_source(source: str) -> str:
-    if source not in SOURCES:
-        raise UserError(f"unknown source{nearest(source, SOURCES)}")
-    return source
+SOURCES: dict[str, Callable[[], "Dataset"]] = {}
 
 
 class DataOptions(Options):
-    source: Annotated[str, AfterValidator(_known_source)] = "builtin:digits"
+    source: Annotated[str, one_of(SOURCES)] = "builtin:digits"
     """Where the samples come from: builtin:digits (1,797 handwritten digits of 8x8 pixels)."""
 
 
@@ -137,7 +133,7 @@ def _digits() -> Dataset:
     return Dataset(train, validation, {"digit": [str(name) for name in bunch.target_names]})
 
 
-SOURCES: dict[str, Callable[[], Dataset]] = {"builtin:digits": _digits}
+SOURCES["builtin:digits"] = _digits
 
 
 class MicroBatch(NamedTuple):

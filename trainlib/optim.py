@@ -11,12 +11,22 @@ import torch
 from pydantic import AfterValidator, Field, model_validator
 from torch import nn
 
-from trainlib.config import Options, UserError, nearest
+from trainlib.config import Options, UserError, nearest, one_of
 from trainlib.schedule import SHAPES, check_duration
+
+OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
+    name.lower(): value
+    for name, value in vars(torch.optim).items()
+    # LBFGS evaluates the loss several times a step, SparseAdam takes sparse gradients only, and
+    # Muon matrices only.
+    if isinstance(value, type) and issubclass(value, torch.optim.Optimizer)
+    and name not in ("Optimizer", "LBFGS", "SparseAdam", "Muon")
+}
+_SET_ELSEWHERE = ("params", "lr", "weight_decay")
 
 
 class OptimOptions(Options):
-    name: str = "adamw"
+    name: Annotated[str, one_of(OPTIMIZERS)] = "adamw"
     """Which optimizer: a class of torch.optim, in lower case."""
     lr: float = Field(1e-3, gt=0)
     """Peak learning rate; never scaled by the number of processes."""
@@ -28,9 +38,7 @@ class OptimOptions(Options):
     """Gradients are scaled down to this global norm; none: never."""
 
     @model_validator(mode="after")
-    def _optimizer_is_known(self) -> "OptimOptions":
-        if self.name not in OPTIMIZERS:
-            raise UserError(f"name: unknown {self.name!r}{nearest(self.name, OPTIMIZERS)}")
+    def _optimizer_takes_args(self) -> "OptimOptions":
         signature = inspect.signature(OPTIMIZERS[self.name]).parameters
         if self.weight_decay and "weight_decay" not in signature:
             raise UserError(f"weight_decay: {self.name} has none; set it to 0")
@@ -43,30 +51,13 @@ class OptimOptions(Options):
         return self
 
 
-def _known_shape(name: str) -> str:
-    if name not in SHAPES:
-        raise ValueError(f"unknown schedule{nearest(name, SHAPES)}")
-    return name
-
-
 class ScheduleOptions(Options):
-    name: Annotated[str, AfterValidator(_known_shape)] = "cosine"
+    name: Annotated[str, one_of(SHAPES)] = "cosine"
     """How the learning rate falls after warm-up: constant, linear or cosine."""
     warmup: Annotated[str, AfterValidator(check_duration)] = "5%"
     """How long it rises first, as "100 steps", "1 epoch" or a share of the run."""
     final_fraction: float = Field(0.0, ge=0, le=1)
     """The share of the peak that it falls to just after the last step."""
-
-
-OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
-    name.lower(): value
-    for name, value in vars(torch.optim).items()
-    # LBFGS evaluates the loss several times a step, SparseAdam takes sparse gradients only, and
-    # Muon matrices only.
-    if isinstance(value, type) and issubclass(value, torch.optim.Optimizer)
-    and name not in ("Optimizer", "LBFGS", "SparseAdam", "Muon")
-}
-_SET_ELSEWHERE = ("params", "lr", "weight_decay")
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:

@@ -7,14 +7,14 @@ additive statistics. Which samples, and the division by a count, are not its bus
 import inspect
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from trainlib import losses, metrics
-from trainlib.config import Options, UserError, nearest
+from trainlib.config import Options, UserError, nearest, one_of
 
 
 class TaskOptions(Options):
@@ -22,7 +22,7 @@ class TaskOptions(Options):
     """What is predicted: classification is one class of several."""
     target: str | None = None
     """The column to predict; none: the column of the task's name, or the only candidate."""
-    loss: str = "cross_entropy"
+    loss: Annotated[str, one_of(losses.LOSSES)] = "cross_entropy"
     """Which loss: cross_entropy or focal."""
     loss_args: dict[str, Any] = {}
     """Arguments of the loss, such as label_smoothing, class_weights, gamma, alpha."""
@@ -30,9 +30,7 @@ class TaskOptions(Options):
     """Factor of this task's mean loss in the total."""
 
     @model_validator(mode="after")
-    def _loss_is_known(self) -> "TaskOptions":
-        if self.loss not in losses.LOSSES:
-            raise UserError(f"loss: unknown {self.loss!r}{nearest(self.loss, losses.LOSSES)}")
+    def _loss_takes_args(self) -> "TaskOptions":
         takes = list(inspect.signature(losses.LOSSES[self.loss]).parameters)[2:]
         for name in self.loss_args:
             if name not in takes:

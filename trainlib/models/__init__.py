@@ -9,12 +9,12 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import model_validator
 from torch import nn
 
-from trainlib.config import Options, UserError, nearest, parse_yaml
+from trainlib.config import Options, UserError, nearest, one_of, parse_yaml
 from trainlib.models.mlp import mlp
 from trainlib.models.resnet import ResNet
 
@@ -22,15 +22,13 @@ BUILTIN: dict[str, Callable[..., nn.Module]] = {"mlp": mlp, "resnet": ResNet}
 
 
 class ModelOptions(Options):
-    name: str = "mlp"
+    name: Annotated[str, one_of(BUILTIN)] = "mlp"
     """Which net: mlp or resnet."""
     args: dict[str, Any] = {}
     """Arguments of the net: hidden and dropout of the mlp, depth and width of the resnet."""
 
     @model_validator(mode="after")
-    def _net_is_known(self) -> "ModelOptions":
-        if self.name not in BUILTIN:
-            raise UserError(f"name: unknown {self.name!r}{nearest(self.name, BUILTIN)}")
+    def _net_takes_args(self) -> "ModelOptions":
         takes = list(inspect.signature(BUILTIN[self.name]).parameters)
         for name in self.args:
             if name not in takes:
