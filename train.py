@@ -1,9 +1,9 @@
 """Train a model: one recipe, the same weights on any number of processes.
 
-    accelerate launch train.py                                    # the built-in job, 20 seconds
+    accelerate launch train.py                                    # the built-in job, 10 seconds
     accelerate launch train.py --recipe recipes/digits_resnet.yaml --optim.lr 3e-3
     accelerate launch --config_file accelerate_configs/multi_gpu.yaml train.py
-    torchrun --nproc_per_node 2 train.py                          # two CPU processes: README
+    ACCELERATE_USE_CPU=true torchrun --standalone --nproc_per_node 2 train.py   # two on the CPU
     python train.py --help
 
 Every option is in --help; --print_config shows the resolved recipe. The batch size is global, the
@@ -36,7 +36,7 @@ class TrainOptions(Options):
     run_dir: str | None = None
     """Folder of the run; none: runs/ and the recipe's name."""
     seed: int = Field(0, ge=0, lt=2**63)
-    """Seed of the weights, the order of the samples, dropout and augmentation."""
+    """Seed of the weights, the order of the samples and dropout."""
     deterministic: bool = False
     """Use only algorithms that give the same bits each time; GPUs get slower."""
     cpu_threads: int = Field(1, ge=1, le=1024)

@@ -90,9 +90,12 @@ def test_a_loss_is_computed_in_fp32_whatever_the_models_precision(name, dtype):
 
 @pytest.mark.parametrize("name, arguments, message", [
     ("cross_entropy", {"label_smoothing": 1.0}, r"lies in \[0, 1\), got 1.0"),
-    ("cross_entropy", {"class_weights": [1.0]}, "3 classes, 1 factors"),
+    ("cross_entropy", {"class_weights": [1.0]}, "one factor a class, 3 here"),
+    ("cross_entropy", {"class_weights": [1.0, 2.0, float("nan")]}, "finite and >= 0"),
     ("focal", {"gamma": -1.0}, ">= 0, got -1.0"),
-    ("focal", {"alpha": [1.0, 2.0]}, "3 classes, 2 factors"),
+    ("focal", {"gamma": float("nan")}, ">= 0, got nan"),
+    ("focal", {"alpha": [1.0, 2.0]}, "one factor a class, 3 here"),
+    ("focal", {"alpha": 0.25}, "one factor a class, 3 here; got 0.25"),
 ])
 def test_arguments_out_of_range_are_refused(name, arguments, message):
     with pytest.raises(ValueError, match=message):

@@ -28,7 +28,7 @@ def test_without_tasks_the_only_candidate_is_the_target():
     ({"loss": "crossentropy"}, "did you mean 'cross_entropy'"),
     ({"loss_args": {"gama": 1}}, "cross_entropy does not take 'gama'"),
     ({"loss": "focal", "loss_args": {"gama": 1}}, "did you mean 'gamma'"),
-    ({"loss_args": {"class_weights": [1, 2]}}, "3 classes, 2 factors"),
+    ({"loss_args": {"class_weights": [1, 2]}}, "one factor a class, 3 here"),
     ({"loss_args": {"label_smoothing": "much"}}, "tasks.digit.loss_args"),
 ])
 def test_what_does_not_fit_is_refused(options, message):

@@ -4,6 +4,8 @@ A loss returns one value an item, in fp32 whatever the model's precision. Nothin
 the script divides one sum by the global count, once.
 """
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -35,11 +37,7 @@ def cross_entropy(
         raise ValueError(f"label_smoothing lies in [0, 1), got {label_smoothing}")
     weights = None
     if class_weights is not None:
-        if len(class_weights) != output.shape[1]:
-            raise ValueError(
-                f"class_weights has one factor a class: {output.shape[1]} classes, "
-                f"{len(class_weights)} factors"
-            )
+        _check_factors("class_weights", class_weights, output.shape[1])
         weights = torch.tensor(class_weights, dtype=torch.float32, device=output.device)
     return functional.cross_entropy(
         output.float(), target, weight=weights, label_smoothing=label_smoothing, reduction="none"
@@ -65,12 +63,10 @@ def focal(
 
     Source: Lin et al. 2017, arXiv:1708.02002, equations 4 and 5, for many classes.
     """
-    if gamma < 0:
-        raise ValueError(f"gamma is >= 0, got {gamma}")
-    if alpha is not None and len(alpha) != output.shape[1]:
-        raise ValueError(
-            f"alpha has one factor a class: {output.shape[1]} classes, {len(alpha)} factors"
-        )
+    if not 0 <= gamma < math.inf:
+        raise ValueError(f"gamma is a number >= 0, got {gamma}")
+    if alpha is not None:
+        _check_factors("alpha", alpha, output.shape[1])
     log_probabilities = functional.log_softmax(output.float(), dim=1)
     log_p = log_probabilities.gather(1, target[:, None]).squeeze(1)
     # 1 - p through expm1 keeps its digits where p is near 1. Held off 0, because the gradient
@@ -80,6 +76,14 @@ def focal(
     if alpha is None:
         return loss
     return loss * torch.tensor(alpha, dtype=torch.float32, device=output.device)[target]
+
+
+def _check_factors(name: str, factors: list[float], num_classes: int) -> None:
+    if not isinstance(factors, list | tuple) or len(factors) != num_classes:
+        raise ValueError(f"{name} is a list of one factor a class, {num_classes} here; got "
+                         f"{factors}")
+    if not all(0 <= factor < math.inf for factor in factors):
+        raise ValueError(f"{name}: factors are finite and >= 0, got {factors}")
 
 
 LOSSES = {"cross_entropy": cross_entropy, "focal": focal}
