@@ -21,7 +21,7 @@ from trainlib.batchnorm import BatchStatistics
 from trainlib.checkpoint import export
 from trainlib.config import Options, read, recipe_name, to_yaml
 from trainlib.data import BatchOptions, DataOptions
-from trainlib.evaluate import evaluate, inspect_step
+from trainlib.evaluate import evaluate, inspect_step, try_model
 from trainlib.gradients import StepSums
 from trainlib.guard import Guard, Readback
 from trainlib.models import ModelOptions
@@ -77,7 +77,7 @@ def main(arguments: list[str]) -> None:
     )
     torch.manual_seed(options.seed)
     module = models.build_model(model_options).train()
-    task_list[0].check_model(module, dataset.train.inputs[:2])
+    try_model(module, dataset.train.inputs[:2], task_list)
     module.to(device)
     optimizer = optim.build_optimizer(options.optim, module)
 

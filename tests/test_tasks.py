@@ -6,6 +6,7 @@ from torch import nn
 
 from trainlib import tasks
 from trainlib.config import UserError
+from trainlib.evaluate import try_model
 from trainlib.tasks import TaskOptions
 
 NAMES = {"digit": ["zero", "one", "two"]}
@@ -49,12 +50,12 @@ def test_a_second_task_is_refused():
 ])
 def test_a_model_that_does_not_fit_is_refused_with_both_shapes(model, message):
     with pytest.raises(UserError, match=message):
-        build().check_model(model, torch.zeros(2, 4))
+        try_model(model, torch.zeros(2, 4), [build()])
 
 
 def test_a_model_that_fits_is_tried_without_a_trace():
     model = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 3)).train()
-    build().check_model(model, torch.randn(2, 4))
+    try_model(model, torch.randn(2, 4), [build()])
     assert model.training and model[0].num_batches_tracked == 0
 
 

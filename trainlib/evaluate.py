@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
+from trainlib.config import UserError
 from trainlib.metrics import sum_dtype
 
 if TYPE_CHECKING:
@@ -67,6 +68,23 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, was_training in modes:
             module.training = was_training
+
+
+@torch.no_grad()
+def try_model(model: nn.Module, inputs: Tensor, tasks: list[Task]) -> None:
+    """Runs the model on a few samples before anything is written, and checks what comes out.
+
+    Raises:
+        UserError: the model cannot take the inputs, or its output does not fit a task.
+    """
+    with eval_mode(model):
+        try:
+            output = model(inputs)
+        except (RuntimeError, ValueError, TypeError) as error:
+            raise UserError(f"the model cannot take inputs of shape {tuple(inputs.shape)}: "
+                            f"{' '.join(str(error).split())}") from error
+    for task in tasks:
+        task.check_output(output, len(inputs))
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 
 from trainlib import losses, metrics
 from trainlib.config import Options, UserError, nearest, one_of
@@ -54,23 +54,12 @@ class Task:
         """[items] unreduced losses in fp32, in nats."""
         return self.loss(output, targets[self.target])
 
-    @torch.no_grad()
-    def check_model(self, model: nn.Module, inputs: Tensor) -> None:
-        """Tries the model on a few samples, and refuses an output that does not fit the classes.
+    def check_output(self, output: Any, batch_size: int) -> None:
+        """Refuses an output that does not fit the classes.
 
         Raises:
-            UserError: with both shapes; or the model's own error.
+            UserError: with both shapes.
         """
-        batch_size = len(inputs)
-        modes = [(module, module.training) for module in model.modules()]
-        try:
-            output = model.eval()(inputs)
-        except (RuntimeError, ValueError, TypeError) as error:
-            raise UserError(f"the model cannot take inputs of shape {tuple(inputs.shape)}: "
-                            f"{' '.join(str(error).split())}") from error
-        finally:
-            for module, was_training in modes:
-                module.training = was_training
         wanted = (batch_size, len(self.label_names))
         given = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         if given != wanted:
