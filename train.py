@@ -11,6 +11,7 @@ loop is below, and changing it is what this file is for.
 """
 
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from trainlib.batchnorm import BatchStatistics
 from trainlib.checkpoint import export
 from trainlib.config import Options, read, recipe_name, to_yaml
 from trainlib.data import BatchOptions, DataOptions
+from trainlib.ema import Ema
 from trainlib.evaluate import evaluate, inspect_step, try_model
 from trainlib.gradients import StepSums
 from trainlib.guard import Guard, Readback
@@ -62,22 +64,28 @@ def main(arguments: list[str]) -> None:
     batch = options.batch
 
     # ---- data and tasks ----
-    dataset = data.load(options.data)
-    num_samples = len(dataset.train)
-    task_options = tasks.resolve(options.tasks, dataset.label_names)
+    source = data.open_source(options.data)
+    task_options = tasks.resolve(options.tasks, source.target_candidates, source.columns)
+    dataset = data.load(source, options.data, [task.target for task in task_options.values()])
+    example, num_samples = dataset.example(), len(dataset.train)
+    augment = data.build_augment(options.data.augment, example)
     task_list = tasks.build_tasks(task_options, dataset.label_names)
     lower_is_better = check_monitor(options.loop.monitor, tasks.metric_names(task_list))
     total_steps, eval_every, warmup_steps = plan_steps(
         options.loop, options.schedule.warmup, num_samples, batch.global_size
     )
+    schedule_args, half_life_steps = optim.resolve_lengths(
+        options.schedule, options.optim, num_samples, batch.global_size, total_steps, warmup_steps
+    )
 
     # ---- model and optimizer ----
     model_options = models.complete(
-        options.model, dataset.input_shape, len(task_list[0].label_names)
+        options.model, tuple(example.shape[1:]), len(task_list[0].label_names)
     )
     torch.manual_seed(options.seed)
-    module = models.build_model(model_options).train()
-    try_model(module, dataset.train.inputs[:2], task_list)
+    module = models.build_model(model_options, dataset.mean, dataset.deviation)
+    notes = models.start_weights(module, options.model.init_from, options.model.freeze)
+    try_model(module, example, task_list)
     module.to(device)
     optimizer = optim.build_optimizer(options.optim, module)
 
@@ -90,7 +98,9 @@ def main(arguments: list[str]) -> None:
         accelerator, run_dir, options.log, config, total_steps, batch.global_size, num_samples
     )
     folder.at_exit = run_log.close
-    run_log.say(plan.idle_warning(batch.global_size, batch.micro_size, world_size))
+    idle = plan.idle_warning(batch.global_size, batch.micro_size, world_size)
+    for line in (dataset.description, *notes, models.parameter_table(module), idle):
+        run_log.say(line)
 
     # ---- the parts of a step ----
     num_micro_batches = plan.num_micro_batches(batch.global_size, batch.micro_size)
@@ -98,17 +108,24 @@ def main(arguments: list[str]) -> None:
     module = accelerator.unwrap_model(model, keep_torch_compile=False)
     # After prepare, which puts other buffers into the module.
     batch_statistics = BatchStatistics(module, num_micro_batches)
+    ema = Ema(module, half_life_steps) if half_life_steps else None
+    averaged = ema.applied if ema else nullcontext
+    if options.model.compile:
+        module.compile(backend=options.model.compile, dynamic=False)  # all shapes are fixed
     optimizer = prepared.optimizer  # the wrapper costs a fifth of a small step and hides the scaler
     scaler = accelerator.scaler
     parameters = [p for p in model.parameters() if p.requires_grad]
     max_grad_norm = options.optim.max_grad_norm or float("inf")
+    max_grad_value = options.optim.max_grad_value
     seed_generators = runtime.make_seeder(device)
     assignments = plan.assign(
         batch.global_size, batch.micro_size, accelerator.process_index, world_size
     )
     batch_plan = plan.BatchPlan(num_samples, batch.global_size, options.seed)
     reader = data.Reader(dataset.train, batch_plan, assignments, device)
-    validation = dataset.validation.to(device)
+    validation = data.EvalReader(
+        dataset.validation, batch.eval_size, accelerator.process_index, world_size, device
+    )
     exact_sum = batch.exact_sum if batch.exact_sum is not None else device.type == "cpu"
     sums = StepSums(
         accelerator, model, {"loss": len(task_list), "batch_norm": batch_statistics.size},
@@ -124,15 +141,16 @@ def main(arguments: list[str]) -> None:
     best_results = {}
 
     def peak_share(step: int) -> float:
-        return lr_multiplier(
-            options.schedule.name, step, total_steps, warmup_steps, options.schedule.final_fraction
+        return state.lr_factor * lr_multiplier(
+            options.schedule.name, step, total_steps, warmup_steps,
+            options.schedule.final_fraction, **schedule_args,
         )
 
-    def objective(output, micro_batch):
+    def objective(output, targets, mix):
         """The micro-batch's share of the step's loss, and each task's sum of losses."""
         # Divided by the count of the whole global batch: sums add up over micro-batches and
         # processes, means of means do not.
-        loss_sums = [task.losses(output, micro_batch.targets).sum() for task in task_list]
+        loss_sums = [task.losses(output, targets, mix).sum() for task in task_list]
         shares = [
             loss_sum * (task.weight / batch.global_size)
             for task, loss_sum in zip(task_list, loss_sums, strict=True)
@@ -150,9 +168,10 @@ def main(arguments: list[str]) -> None:
         batch_statistics.begin()
         for micro_batch in reader.take(step):
             seed_generators(plan.forward_seed(options.seed, step, micro_batch.number))
+            inputs, mix = augment(micro_batch.inputs)
             with sums.no_sync(micro_batch.is_last):
-                output = model(micro_batch.inputs)
-                loss, loss_sums = objective(output, micro_batch)
+                output = model(inputs)
+                loss, loss_sums = objective(output, micro_batch.targets, mix)
                 accelerator.backward(sums.scaled(loss, micro_batch.is_real))
             sums.add_gradients(micro_batch.is_real)
             sums.add("loss", loss_sums, micro_batch.is_real)
@@ -160,6 +179,8 @@ def main(arguments: list[str]) -> None:
         sums.reduce()
         mean_losses = sums["loss"] / batch.global_size
         grad_norm = accelerator.clip_grad_norm_(parameters, max_grad_norm)
+        if max_grad_value is not None:
+            torch.nn.utils.clip_grad_value_(parameters, max_grad_value)
         if guard.allows(mean_losses, grad_norm):
             if scaler is None:
                 optimizer.step()
@@ -169,6 +190,8 @@ def main(arguments: list[str]) -> None:
             scaler.update()
         optimizer.zero_grad(set_to_none=True)
         batch_statistics.finish(sums["batch_norm"], guard.healthy)
+        if ema is not None:
+            ema.update(step, guard.healthy)
         state.step += 1
         # twin step: end
         folder.step = state.step
@@ -179,20 +202,27 @@ def main(arguments: list[str]) -> None:
             run_log.training(record, task_list)
         if evaluates:
             started = time.perf_counter()
-            results = evaluate(module, validation, task_list, batch.eval_size, accelerator)
-            metrics = tasks.logged_metrics(task_list, results)
-            improved = state.observe(metrics[options.loop.monitor], lower_is_better)
-            if improved:
-                best_results = results
-                if accelerator.is_main_process:
-                    export(run_dir / "best", module, config, label_names, results)
+            with averaged():
+                results = evaluate(module, validation, task_list, accelerator)
+                metrics = tasks.logged_metrics(task_list, results)
+                improved = state.observe(metrics[options.loop.monitor], lower_is_better)
+                if improved:
+                    best_results = results
+                    if accelerator.is_main_process:
+                        export(run_dir / "best", module, config, label_names, results)
+            if options.schedule.name == "plateau":
+                state.reduce_on_plateau(
+                    metrics[options.loop.monitor], lower_is_better,
+                    options.schedule.final_fraction, **schedule_args,
+                )
             run_log.evaluation(state.step, metrics, improved, time.perf_counter() - started)
             is_stopped = state.is_out_of_patience(options.loop.patience)
     # twin loop: end
 
     # ---- end ----
     if accelerator.is_main_process:
-        export(run_dir / "final", module, config, label_names, results)
+        with averaged():
+            export(run_dir / "final", module, config, label_names, results)
     run_log.close()
     for task in task_list:
         if best_results:

@@ -24,6 +24,7 @@ sys.path.insert(0, str(ROOT))
 os.environ["ACCELERATE_USE_CPU"] = "true"
 
 from trainlib import data, models, optim, plan, runtime, tasks  # noqa: E402
+from trainlib.augment import Augment  # noqa: E402
 from trainlib.batchnorm import BatchStatistics  # noqa: E402
 from trainlib.gradients import StepSums  # noqa: E402
 from trainlib.guard import Guard, Readback  # noqa: E402
@@ -46,11 +47,12 @@ def fenced_step() -> str:
 
 
 def build(model_options: models.ModelOptions, dataset: data.Dataset):
-    task_list = tasks.build_tasks(tasks.resolve({}, dataset.label_names), dataset.label_names)
+    task_options = tasks.resolve({}, ["digit"], ["digit"])
+    task_list = tasks.build_tasks(task_options, dataset.label_names)
     torch.manual_seed(0)
     module = models.build_model(
-        models.complete(model_options, dataset.input_shape, len(task_list[0].label_names))
-    ).train()
+        models.complete(model_options, dataset.train.inputs.shape[1:], 10)
+    )
     return module, optim.build_optimizer(optim.OptimOptions(), module), task_list
 
 
@@ -97,8 +99,8 @@ def fence_steps(model_options: models.ModelOptions, dataset: data.Dataset):
     )
     source.body[0].body[0].body[0:1] = ast.parse(fenced_step()).body
 
-    def objective(output, micro_batch):
-        loss_sums = [t.losses(output, micro_batch.targets).sum() for t in task_list]
+    def objective(output, targets, mix):
+        loss_sums = [t.losses(output, targets, mix).sum() for t in task_list]
         shares = [s * (t.weight / BATCH_SIZE) for t, s in zip(task_list, loss_sums, strict=True)]
         return sum(shares[1:], start=shares[0]), loss_sums
 
@@ -107,7 +109,8 @@ def fence_steps(model_options: models.ModelOptions, dataset: data.Dataset):
         "accelerator": accelerator, "options": options, "batch": batch, "sums": sums,
         "batch_statistics": batch_statistics, "plan": plan,
         "optim": optim, "objective": objective, "parameters": list(model.parameters()),
-        "max_grad_norm": 1.0, "seed_generators": runtime.make_seeder(accelerator.device),
+        "max_grad_norm": 1.0, "max_grad_value": None, "augment": Augment(), "ema": None,
+        "seed_generators": runtime.make_seeder(accelerator.device),
         "reader": data.Reader(dataset.train, batch_plan, assignments, accelerator.device),
         "guard": Guard(prepared.optimizer, accelerator.device, None, None, lambda step: {}),
         "readback": Readback(accelerator.device),
@@ -123,7 +126,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    dataset = data.load(data.DataOptions())
+    options = data.DataOptions()
+    dataset = data.load(data.open_source(options), options, ["digit"])
     print(f"torch {torch.__version__}, batch {BATCH_SIZE} in one micro-batch, one thread, "
           f"{arguments.rounds} rounds of {arguments.steps} steps, medians")
     print(f"{'model':10}{'bare us':>10}{'fence us':>10}{'ratio':>8}")

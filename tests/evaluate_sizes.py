@@ -14,8 +14,10 @@ from trainlib.evaluate import evaluate  # noqa: E402
 
 def main(arguments: list[str]) -> None:
     accelerator = runtime.make_accelerator([], False, 1)
-    digits = data.load(data.DataOptions())
-    task_list = tasks.build_tasks(tasks.resolve({}, digits.label_names), digits.label_names)
+    options = data.DataOptions()
+    digits = data.load(data.open_source(options), options, ["digit"])
+    task_options = tasks.resolve({}, ["digit"], ["digit"])
+    task_list = tasks.build_tasks(task_options, digits.label_names)
     torch.manual_seed(0)
     model = models.build_model(models.complete(models.ModelOptions(), (1, 8, 8), 10))
     results = []
@@ -24,10 +26,13 @@ def main(arguments: list[str]) -> None:
             digits.validation.inputs[:size],
             {"digit": digits.validation.targets["digit"][:size]}, digits.validation.rows[:size],
         )
-        by_batch_size = {
-            batch_size: evaluate(model, split, task_list, batch_size, accelerator)
-            for batch_size in (7, 32, 400)
-        }
+        by_batch_size = {}
+        for batch_size in (7, 32, 400):
+            reader = data.EvalReader(
+                split, batch_size, accelerator.process_index, accelerator.num_processes,
+                accelerator.device,
+            )
+            by_batch_size[batch_size] = evaluate(model, reader, task_list, accelerator)
         results.append({"size": size, "results": by_batch_size})
     if accelerator.is_main_process:
         Path(arguments[0]).write_text(json.dumps(results))

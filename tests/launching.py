@@ -8,7 +8,15 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
+from trainlib import data
+
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def load(*targets: str, **options) -> data.Dataset:
+    """A data set as the script loads it; without options, the digits."""
+    chosen = data.DataOptions(**options)
+    return data.load(data.open_source(chosen), chosen, targets or ["digit"])
 
 
 def launch(

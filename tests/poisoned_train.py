@@ -13,12 +13,13 @@ import numpy as np  # noqa: E402
 import train  # noqa: E402
 from trainlib import data, plan, runtime  # noqa: E402
 
-clean_digits = data.SOURCES["builtin:digits"]
+clean_load = data.load
 
 
-def poisoned_digits() -> data.Dataset:
-    dataset = clean_digits()
-    dataset.train.inputs[poisoned_sample(dataset)] = 3e38
+def poisoned_load(*arguments) -> data.Dataset:
+    dataset = clean_load(*arguments)
+    # Finite after the model has scaled it, too, but not after its first layer.
+    dataset.train.inputs[poisoned_sample(dataset)] = 1e38
     return dataset
 
 
@@ -27,5 +28,5 @@ def poisoned_sample(dataset: data.Dataset) -> int:
 
 
 if __name__ == "__main__":
-    data.SOURCES["builtin:digits"] = poisoned_digits
+    data.load = poisoned_load
     runtime.run(train.main)

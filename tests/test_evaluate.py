@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from accelerate import Accelerator
-from launching import launch
+from launching import launch, load
 from torch import nn
 
 from trainlib import data, models, tasks
@@ -13,8 +13,13 @@ from trainlib.evaluate import evaluate, inspect_step
 from trainlib.plan import BatchPlan, assign
 
 SIZES = [1, 5, 97, 360]
-DIGITS = data.load(data.DataOptions())
-TASKS = tasks.build_tasks(tasks.resolve({}, DIGITS.label_names), DIGITS.label_names)
+CPU = torch.device("cpu")
+DIGITS = load()
+TASKS = tasks.build_tasks(tasks.resolve({}, ["digit"], ["digit"]), DIGITS.label_names)
+
+
+def reader(split, batch_size, rank=0, world_size=1):
+    return data.EvalReader(split, batch_size, rank, world_size, CPU)
 
 
 def first(size):
@@ -37,7 +42,7 @@ def model():
 @pytest.mark.parametrize("size", SIZES)
 def test_it_equals_one_pass_in_float64(model, size):
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    result = evaluate(model, first(size), TASKS, 64, Accelerator(cpu=True))["digit"]
+    result = evaluate(model, reader(first(size), 64), TASKS, Accelerator(cpu=True))["digit"]
     assert model.training and all(v.equal(before[k]) for k, v in model.state_dict().items())
     split = first(size)
     with torch.no_grad():
@@ -62,8 +67,7 @@ def test_one_two_and_three_processes_give_the_same_bits(tmp_path):
 
 
 def test_the_samples_of_a_bad_step_are_found(model):
-    reader = data.Reader(DIGITS.train, BatchPlan(1437, 16, 0), assign(16, 8, 0, 1),
-                         torch.device("cpu"))
+    reader = data.Reader(DIGITS.train, BatchPlan(1437, 16, 0), assign(16, 8, 0, 1), CPU)
     assert inspect_step(model, reader, TASKS, 3) == {"suspects": [], "rows": reader.rows(3)}
     sample = int(reader.plan.samples(3)[5])
     reader.split.inputs[sample] = float("nan")
@@ -79,22 +83,19 @@ def test_the_order_of_addition_does_not_show():
     inputs = torch.randn(2000, 10, generator=generator) * 20
     targets = torch.randint(10, (2000,), generator=generator)
     split = data.Split(inputs, {"digit": targets}, torch.arange(2000))
-    one = evaluate(nn.Identity(), split, TASKS, 16, Accelerator(cpu=True))["digit"]["loss"]
+    one = evaluate(nn.Identity(), reader(split, 16), TASKS, Accelerator(cpu=True))["digit"]["loss"]
 
     class Pretended:
         """One of several processes, without the others; their slots stay 0."""
 
-        device, num_processes = torch.device("cpu"), 3
-
-        def __init__(self, rank):
-            self.process_index = rank
+        device, num_processes = CPU, 3
 
     slots = []
     real = torch.distributed.all_reduce
     torch.distributed.all_reduce = lambda tensor: slots.append(tensor.clone())
     try:
         for rank in range(3):
-            evaluate(nn.Identity(), split, TASKS, 16, Pretended(rank))
+            evaluate(nn.Identity(), reader(split, 16, rank, 3), TASKS, Pretended())
     finally:
         torch.distributed.all_reduce = real
     sums = slots[::2]
@@ -105,6 +106,6 @@ def test_the_order_of_addition_does_not_show():
 
 def test_frozen_modules_stay_in_eval_mode(model):
     model.stem_norm.eval()
-    evaluate(model, first(5), TASKS, 5, Accelerator(cpu=True))
+    evaluate(model, reader(first(5), 5), TASKS, Accelerator(cpu=True))
     assert model.training and not model.stem_norm.training
     model.train()

@@ -79,3 +79,40 @@ def test_a_parameter_without_gradient_stays_without(accelerator):
         assert model["used"].weight.grad.tolist() == [[2.0, 2.0]]
         model["used"].zero_grad()
         assert model["unused"].weight.grad is None and model["frozen"].weight.grad is None
+
+
+def whole_numbers(memory_format):
+    """A net and its micro-batches in small whole numbers, whose sums are exact in any order."""
+    generator = torch.Generator().manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 6, 1), nn.Flatten(),
+        nn.Linear(96, 3),
+    )
+    for p in model.parameters():
+        p.data = torch.randint(-2, 3, p.shape, generator=generator).float()
+    inputs = torch.randint(-2, 3, (2, 3, 2, 4, 4), generator=generator).float()
+    return (model.to(memory_format=memory_format),
+            [part.to(memory_format=memory_format) for part in inputs])
+
+
+def test_gradients_lie_in_memory_as_their_parameters(accelerator):
+    models = {}
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        model, micro_batches = whole_numbers(memory_format)
+        sums = StepSums(accelerator, model, {"loss": 1}, True, len(micro_batches))
+        sums.clear()
+        for inputs in micro_batches:
+            model(inputs).sum().backward()
+            sums.add_gradients(True)
+        sums.reduce()
+        models[memory_format] = model
+        assert all(p.grad.stride() == p.stride() for p in model.parameters())
+    plain, channels_last = models.values()
+    assert not channels_last[0].weight.is_contiguous()
+    for one, other in zip(plain.parameters(), channels_last.parameters(), strict=True):
+        assert one.grad.any() and one.grad.equal(other.grad)
+    # Fused optimizers walk memory: a gradient that lies otherwise would go to other weights.
+    for model, fused in ((plain, False), (channels_last, True)):
+        torch.optim.AdamW(model.parameters(), 0.1, fused=fused).step()
+    for one, other in zip(plain.parameters(), channels_last.parameters(), strict=True):
+        torch.testing.assert_close(one, other)

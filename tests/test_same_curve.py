@@ -4,10 +4,8 @@ import json
 
 import pytest
 import torch
-from launching import assert_same_run, launch, losses, records, train, weights
+from launching import assert_same_run, launch, load, losses, records, train, weights
 from poisoned_train import poisoned_sample
-
-from trainlib import data
 
 SHORT = ["--loop.duration", "60 steps", "--log.every", "1", "--batch.micro_size", "16"]
 WITHOUT_DROPOUT = ["--loop.duration", "60 steps", "--log.every", "1", "--model.args.dropout", "0"]
@@ -78,7 +76,7 @@ def test_a_poisoned_sample_costs_one_update_and_is_named(tmp_path, processes, mi
     run = train(tmp_path / "run", *flags, processes=processes, script=POISONED)
     bad = [json.loads(line) for line in (run / "bad_steps.jsonl").read_text().splitlines()]
     assert len(bad) == 1
-    digits = data.load(data.DataOptions())
+    digits = load()
     row = int(digits.train.rows[poisoned_sample(digits)])
     assert bad[0]["step"] == 8 and bad[0]["suspects"] == [row]
     assert row in bad[0]["rows"] and len(bad[0]["rows"]) == 64

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from trainlib import tasks
+from trainlib.augment import Mix
 from trainlib.config import UserError
 from trainlib.evaluate import try_model
 from trainlib.tasks import TaskOptions
@@ -13,19 +14,29 @@ NAMES = {"digit": ["zero", "one", "two"]}
 
 
 def build(**options):
-    resolved = tasks.resolve({"digit": TaskOptions(**options)}, NAMES)
+    resolved = tasks.resolve({"digit": TaskOptions(**options)}, ["digit"], ["digit", "image"])
     return tasks.build_tasks(resolved, NAMES)[0]
 
 
 def test_without_tasks_the_only_candidate_is_the_target():
-    assert tasks.resolve({}, NAMES)["digit"].target == "digit"
-    assert tasks.resolve({"any": TaskOptions()}, NAMES)["any"].target == "digit"
-    with pytest.raises(UserError, match="several columns could be the target: a, b"):
-        tasks.resolve({}, {"a": [], "b": []})
+    columns = ["digit", "image"]
+    assert tasks.resolve({}, ["digit"], columns)["digit"].target == "digit"
+    assert tasks.resolve({"any": TaskOptions()}, ["digit"], columns)["any"].target == "digit"
+    for options in ({}, {"any": TaskOptions()}):
+        with pytest.raises(UserError, match="several columns could be the target: a, b; choose"):
+            tasks.resolve(options, ["a", "b"], ["a", "b"])
+        with pytest.raises(UserError, match="no column of class labels.* among x, y"):
+            tasks.resolve(options, [], ["x", "y"])
+
+
+def test_a_task_may_predict_a_column_that_is_no_candidate():
+    assert tasks.resolve({"b": TaskOptions()}, ["a"], ["a", "b"])["b"].target == "b"
+    named = {"any": TaskOptions(target="b")}
+    assert tasks.resolve(named, ["a"], ["a", "b"])["any"].target == "b"
 
 
 @pytest.mark.parametrize("options, message", [
-    ({"target": "digits"}, "no target column 'digits'; did you mean 'digit'"),
+    ({"target": "digits"}, "no column 'digits'; did you mean 'digit'"),
     ({"loss": "crossentropy"}, "did you mean 'cross_entropy'"),
     ({"loss_args": {"gama": 1}}, "cross_entropy does not take 'gama'"),
     ({"loss": "focal", "loss_args": {"gama": 1}}, "did you mean 'gamma'"),
@@ -73,3 +84,52 @@ def test_counts_of_parts_add_up():
     assert list(logged) == tasks.metric_names([task])
     assert logged["eval/loss"] == whole["loss"]
     assert "zero" in task.report(whole)
+
+
+def test_mixed_losses_of_the_cross_entropy_are_those_of_mixed_targets():
+    task = build()
+    output, target = torch.randn(5, 3), torch.randint(3, (5,))
+    mix = Mix(torch.arange(4, -1, -1), torch.rand(5))
+    one_hot = nn.functional.one_hot(target, 3).double()
+    share = mix.share.double()[:, None]
+    soft = share * one_hot + (1 - share) * one_hot[mix.partner]
+    expected = nn.functional.cross_entropy(output.double(), soft, reduction="none")
+    mixed = task.losses(output, {"digit": target}, mix)
+    torch.testing.assert_close(mixed.double(), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_mapping_or_a_hugging_face_output_holds_the_tasks_output():
+    task, logits, targets = build(), torch.randn(2, 3), {"digit": torch.tensor([0, 2])}
+    for output in ({"digit": logits, "logits": -logits}, {"logits": logits, "hidden": -logits}):
+        assert task.losses(output, targets).equal(task.losses(logits, targets))
+        assert task.counts(output, targets).equal(task.counts(logits, targets))
+        task.check_output(output, 2)
+    with pytest.raises(UserError, match="output is dict"):
+        task.check_output({"another": logits}, 2)
+
+
+def test_a_loss_of_the_users_own_is_one_loss_an_item(tmp_path):
+    file = tmp_path / "my_loss.py"
+    file.write_text("""
+from torch.nn.functional import cross_entropy
+
+def smooth(output, target, amount=0.1):
+    return cross_entropy(output, target, label_smoothing=amount, reduction="none")
+
+def mean(output, target):
+    return cross_entropy(output, target)
+
+def broken(output, target):
+    return output / nothing
+""")
+    output, target = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
+    own = build(loss=f"{file}:smooth", loss_args={"amount": 0.2})
+    builtin = build(loss_args={"label_smoothing": 0.2})
+    assert own.losses(output, {"digit": target}).equal(builtin.losses(output, {"digit": target}))
+    for name, message in (("mean", r"returns \[\] for two items; return one loss an item"),
+                          ("broken", "NameError: name 'nothing' is not defined .my_loss.py, line"),
+                          ("smoth", "has no 'smoth'; it has smooth, mean, broken")):
+        with pytest.raises(ValueError, match=message):
+            build(loss=f"{file}:{name}")
+    with pytest.raises(ValueError, match="does not take 'amont'; did you mean 'amount'"):
+        build(loss=f"{file}:smooth", loss_args={"amont": 0.2})

@@ -17,20 +17,18 @@ from trainlib.metrics import sum_dtype
 class BatchStatistics:
     """The running statistics of all BatchNorm modules that train.
 
-    A step of a single micro-batch is left to the modules, since every process then runs that
-    very micro-batch; here only a skipped step is undone.
+    A forward that is run again for gradient checkpointing writes the same statistics again.
     """
 
     def __init__(self, model: nn.Module, num_micro_batches: int):
         """
         Args:
             model: in training mode; modules whose statistics are frozen (in eval mode, or not
-                tracking) are left alone. With several micro-batches the others' momentum is set
-                to 1, which makes a forward write its batch's own statistics.
+                tracking) are left alone. The others' momentum is set to 1, which makes a forward
+                write its batch's own statistics.
             num_micro_batches: of a step, on all processes together.
         """
         self.num_micro_batches = num_micro_batches
-        self.captures = num_micro_batches > 1
         self.modules = [
             module for module in model.modules()
             if isinstance(module, _BatchNorm) and module.track_running_stats and module.training
@@ -45,10 +43,9 @@ class BatchStatistics:
                 self._has_cumulative = True
             fill = math.nan if module.momentum is None else module.momentum
             momenta += [torch.full_like(b, fill, dtype=sum_dtype(b.device)) for b in buffers]
-            if self.captures:
-                module.momentum = 1.0
+            module.momentum = 1.0
         self.sizes = [buffer.numel() for buffer in self.running]
-        self.size = sum(self.sizes) if self.captures else 0
+        self.size = sum(self.sizes)
         if self.modules:
             self._momentum = torch.cat(momenta)
             self._before = torch.cat(self.running)
@@ -57,9 +54,8 @@ class BatchStatistics:
 
     def begin(self) -> None:
         """Puts the running statistics aside for one step."""
-        if self.modules:
-            torch.cat(self.running, out=self._before)
         if self.size:
+            torch.cat(self.running, out=self._before)
             torch._foreach_zero_(self.running)
 
     def add_to(self, sums: Tensor, is_real: bool) -> None:
@@ -83,22 +79,17 @@ class BatchStatistics:
             sums: [size] over all micro-batches and processes.
             healthy: False, or a device flag that is false, leaves no trace of the step.
         """
-        if not self.modules:
+        if not self.size:
             return
-        if not self.captures and healthy is True:
-            return
-        blended = self._blend(sums) if self.captures else torch.cat(self.running)
+        blended = self._blend(sums)
         if isinstance(healthy, Tensor):
             blended = torch.where(healthy, blended, self._before)
         elif not healthy:
             blended = self._before
         torch._foreach_copy_(self.running, list(blended.split(self.sizes)))
         for tracked, count in zip(self._num_tracked, self._num_steps, strict=True):
-            if self.captures:
-                count += healthy
-                tracked.copy_(count)
-            else:  # the module has counted the step already
-                tracked -= 1 - int(healthy) if isinstance(healthy, bool) else (~healthy).long()
+            count += healthy
+            tracked.copy_(count)
 
     def _blend(self, sums: Tensor) -> Tensor:
         momentum = self._momentum

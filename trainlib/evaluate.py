@@ -20,32 +20,30 @@ from torch import Tensor, nn
 
 from trainlib.config import UserError
 from trainlib.metrics import sum_dtype
+from trainlib.user_code import describe_error
 
 if TYPE_CHECKING:
-    from trainlib.data import Reader, Split
+    from trainlib.data import EvalReader, Reader
     from trainlib.tasks import Task
 
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, split: Split, tasks: list[Task], batch_size: int, accelerator: Accelerator
+    model: nn.Module, reader: EvalReader, tasks: list[Task], accelerator: Accelerator
 ) -> dict[str, dict]:
     """The metrics of each task over every sample of a split, the same on every process.
 
     Args:
         model: the module inside any wrapper; put into eval mode and back.
-        split: on the model's device.
+        reader: this process's batches of the split.
     """
     device = accelerator.device
-    num_batches = -(-len(split) // batch_size)
     zeros = partial(torch.zeros, dtype=sum_dtype(device), device=device)
-    loss_sums = [zeros(num_batches) for _ in tasks]
+    loss_sums = [zeros(reader.num_batches) for _ in tasks]
     counts = [zeros(task.counts_size) for task in tasks]
     with eval_mode(model):
-        for number in range(accelerator.process_index, num_batches, accelerator.num_processes):
-            chosen = slice(number * batch_size, (number + 1) * batch_size)
-            targets = {name: column[chosen] for name, column in split.targets.items()}
-            output = model(split.inputs[chosen])
+        for number, inputs, targets in reader:
+            output = model(inputs)
             for task, task_sums, task_counts in zip(tasks, loss_sums, counts, strict=True):
                 task_sums[number] = task.losses(output, targets).to(task_sums.dtype).sum()
                 task_counts += task.counts(output, targets)
@@ -80,9 +78,9 @@ def try_model(model: nn.Module, inputs: Tensor, tasks: list[Task]) -> None:
     with eval_mode(model):
         try:
             output = model(inputs)
-        except (RuntimeError, ValueError, TypeError) as error:
+        except Exception as error:  # whatever a net of the user's own raises
             raise UserError(f"the model cannot take inputs of shape {tuple(inputs.shape)}: "
-                            f"{' '.join(str(error).split())}") from error
+                            f"{describe_error(error)}") from error
     for task in tasks:
         task.check_output(output, len(inputs))
 
@@ -94,12 +92,11 @@ def inspect_step(model: nn.Module, reader: Reader, tasks: list[Task], step: int)
     Runs on one process, without communication; the model stays as it is.
     """
     rows, suspects = reader.rows(step), []
-    split = reader.split
+    one_by_one = reader.plan.samples(step)[:, None]
     with eval_mode(model):
-        for row, sample in zip(rows, reader.plan.samples(step).tolist(), strict=True):
-            chosen = slice(sample, sample + 1)
-            targets = {name: column[chosen] for name, column in split.targets.items()}
-            output = model(split.inputs[chosen])
+        batches = reader.split.batches(one_by_one, reader.device)
+        for row, (inputs, targets) in zip(rows, batches, strict=True):
+            output = model(inputs)
             if not all(task.losses(output, targets).isfinite().all() for task in tasks):
                 suspects.append(row)
     return {"suspects": suspects, "rows": rows}

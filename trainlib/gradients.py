@@ -53,8 +53,11 @@ class StepSums:
         parts = self.vector.split(lengths)
         self.parts = dict(zip(sizes, parts, strict=False))
         self._used = parts[len(sizes)]
+        # In each parameter's own memory order (channels_last, say), so that sums run along memory
+        # and .grad lies as its parameter does, which the fused optimizers rely on.
         self._gradients = [
-            part.view_as(p) for part, p in zip(parts[len(sizes) + 1 :], gradients, strict=True)
+            part.as_strided(p.shape, torch.empty_like(p, device="meta").stride())
+            for part, p in zip(parts[len(sizes) + 1 :], gradients, strict=True)
         ]
 
     def __getitem__(self, name: str) -> Tensor:

@@ -5,100 +5,262 @@ Options of the optimizer and of the schedule live here; the schedule's shapes ar
 """
 
 import inspect
+import os
+import re
 from typing import Annotated, Any
 
 import torch
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 from torch import nn
+from torch.optim import Optimizer
 
 from trainlib.config import Options, UserError, nearest, one_of
-from trainlib.schedule import SHAPES, check_duration
+from trainlib.muon import MuonWithAdamW
+from trainlib.schedule import SHAPES, check_args, check_duration, duration_steps, resolve_args
+from trainlib.user_code import import_object, is_object_spec
 
-OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
+_REFUSED = {
+    "lbfgs": "LBFGS evaluates the loss several times a step; here a step evaluates it once",
+    "sparseadam": "SparseAdam takes sparse gradients only; here they are dense",
+}
+OPTIMIZERS: dict[str, type[Optimizer]] = {
     name.lower(): value
     for name, value in vars(torch.optim).items()
-    # LBFGS evaluates the loss several times a step, SparseAdam takes sparse gradients only, and
-    # Muon matrices only.
-    if isinstance(value, type) and issubclass(value, torch.optim.Optimizer)
-    and name not in ("Optimizer", "LBFGS", "SparseAdam", "Muon")
-}
+    if isinstance(value, type) and issubclass(value, Optimizer)
+    and value is not Optimizer and name.lower() not in _REFUSED
+} | {"muon": MuonWithAdamW}
 _SET_ELSEWHERE = ("params", "lr", "weight_decay")
 
 
+def find_optimizer(name: str) -> type[Optimizer]:
+    """The class that a name of ``OPTIMIZERS``, ``file.py:Class`` or ``module:Class`` stands for.
+
+    Raises:
+        ValueError: there is no such class, or it is no optimizer for this loop.
+    """
+    if name in OPTIMIZERS:
+        return OPTIMIZERS[name]
+    if reason := _REFUSED.get(name.rpartition(":")[2].lower()):
+        raise ValueError(reason)
+    if not is_object_spec(name):
+        raise ValueError(f"unknown{nearest(name, OPTIMIZERS)}")
+    found = import_object(name)
+    if not (isinstance(found, type) and issubclass(found, Optimizer)):
+        raise ValueError("an optimizer is a subclass of torch.optim.Optimizer")
+    return found
+
+
+def _arguments_of(optimizer_class: type[Optimizer]) -> tuple[list[str], bool]:
+    """The names that a class takes, and whether it takes any other, too."""
+    parameters = inspect.signature(optimizer_class).parameters
+    return list(parameters), any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
 class OptimOptions(Options):
-    name: Annotated[str, one_of(OPTIMIZERS)] = "adamw"
-    """Which optimizer: a class of torch.optim, in lower case."""
+    name: str = "adamw"
+    """Which optimizer: a class of torch.optim in lower case, or your own as file.py:Class or
+    package.module:Class. Muon leaves all but the hidden matrices to AdamW."""
     lr: float = Field(1e-3, gt=0)
     """Peak learning rate; never scaled by the number of processes."""
+    layer_decay: float | None = Field(None, gt=0, le=1)
+    """Each layer learns at this times the rate of the layer above it; none: all at one rate."""
     weight_decay: float = Field(0.01, ge=0)
     """Weight decay of matrices and kernels; biases and norms have none."""
     args: dict[str, Any] = {}
     """Further arguments of the optimizer, such as betas or momentum."""
     max_grad_norm: float | None = Field(1.0, gt=0)
     """Gradients are scaled down to this global norm; none: never."""
+    max_grad_value: float | None = Field(None, gt=0)
+    """Then each element of a gradient is clamped to plus or minus this; none: never."""
+    ema_half_life: str | None = None
+    """Half-life of the averaged weights, which are then evaluated and exported, as "100 steps",
+    "1 epoch" or "5%" of the run; none: no average."""
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_known(cls, name: str) -> str:
+        find_optimizer(name)
+        return name
+
+    @field_validator("ema_half_life")
+    @classmethod
+    def _is_duration(cls, text: str | None) -> str | None:
+        return text if text is None else check_duration(text)
 
     @model_validator(mode="after")
     def _optimizer_takes_args(self) -> "OptimOptions":
-        signature = inspect.signature(OPTIMIZERS[self.name]).parameters
-        if self.weight_decay and "weight_decay" not in signature:
+        takes, takes_any = _arguments_of(find_optimizer(self.name))
+        if self.weight_decay and "weight_decay" not in takes and not takes_any:
             raise UserError(f"weight_decay: {self.name} has none; set it to 0")
-        takes = [name for name in signature if name not in _SET_ELSEWHERE]
+        takes = [name for name in takes if name not in _SET_ELSEWHERE]
         for name in self.args:
             if name in _SET_ELSEWHERE:
                 raise UserError(f"args: set {name!r} as --optim.{name}")
-            if name not in takes:
+            if name not in takes and not takes_any:
                 raise UserError(f"args: {self.name} does not take {name!r}{nearest(name, takes)}")
         return self
 
 
 class ScheduleOptions(Options):
     name: Annotated[str, one_of(SHAPES)] = "cosine"
-    """How the learning rate falls after warm-up: constant, linear or cosine."""
+    """How the learning rate falls after warm-up: constant, linear, cosine, polynomial, exponential,
+    step, multistep, one_cycle, wsd, or plateau, which waits for loop.monitor to stop improving."""
     warmup: Annotated[str, AfterValidator(check_duration)] = "5%"
     """How long it rises first, as "100 steps", "1 epoch" or a share of the run."""
     final_fraction: float = Field(0.0, ge=0, le=1)
-    """The share of the peak that it falls to just after the last step."""
+    """The share of the peak that it falls to just after the last step; of step, multistep,
+    exponential and plateau the share that it does not fall below."""
+    args: dict[str, Any] = {}
+    """Arguments of the schedule: power of polynomial; factor and every of step and exponential;
+    factor and at of multistep; start_fraction of one_cycle; decay and shape (linear, cosine, sqrt)
+    of wsd; factor, patience, threshold and cooldown of plateau."""
+
+    @model_validator(mode="after")
+    def _schedule_takes_args(self) -> "ScheduleOptions":
+        check_args(self.name, self.args)
+        return self
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Trainable parameters in two groups: matrices and kernels decay, biases and norms do not."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
+def resolve_lengths(
+    schedule: ScheduleOptions, optim: OptimOptions, num_samples: int, global_size: int,
+    total_steps: int, warmup_steps: int,
+) -> tuple[dict[str, Any], int | None]:
+    """The schedule's arguments and the average's half-life, lengths in steps.
+
+    Raises:
+        UserError: phases that do not fit into the run.
+    """
+    try:
+        args = resolve_args(
+            schedule.name, schedule.args, num_samples, global_size, total_steps, warmup_steps
+        )
+    except ValueError as error:
+        raise UserError(f"schedule.{error}") from error
+    if optim.ema_half_life is None:
+        return args, None
+    half_life = duration_steps(optim.ema_half_life, num_samples, global_size, total_steps)
+    return args, max(1, half_life)
 
 
-def build_optimizer(options: OptimOptions, model: nn.Module) -> torch.optim.Optimizer:
+# "3", and "layer_3" as in torchvision's transformers.
+_NUMBERED = re.compile(r"(.*_)?[0-9]+")
+
+
+def parameter_layers(model: nn.Module) -> dict[str, str]:
+    """The layer of each parameter, by name, in the order of ``named_parameters()``.
+
+    A layer is a module: the outermost one with a number, such as ``blocks.0``; without a number
+    the first below the modules that also hold numbered ones, such as ``vit.embeddings``, ``head``.
+    """
+    paths = {name: tuple(name.split(".")[:-1]) for name, _ in model.named_parameters()}
+    depths = {
+        path: next((i for i, part in enumerate(path, 1) if _NUMBERED.fullmatch(part)), 0)
+        for path in paths.values()
+    }
+    # What holds everything, such as a wrapper, is no layer either.
+    shared = os.path.commonprefix(list(depths))
+    holders = {shared[:i] for i in range(len(shared) + 1)}
+    holders |= {path[:i] for path, depth in depths.items() for i in range(depth)}
+
+    def layer(path: tuple[str, ...]) -> str:
+        depth = depths[path]
+        if not depth:
+            depth = 1 + max(i for i in range(len(path) + 1) if path[:i] in holders)
+        return ".".join(path[:depth])
+
+    return {name: layer(path) for name, path in paths.items()}
+
+
+def hidden_matrices(model: nn.Module) -> set[str]:
+    """Names of the two-dimensional weights that are neither embeddings nor in the last layer.
+
+    Source: Jordan 2024 (kellerjordan.github.io/posts/muon): the output layer is left out, too.
+    """
+    layers = parameter_layers(model)
+    output = list(layers.values())[-1:]
+    embeddings = {
+        id(parameter)
+        for module in model.modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag)
+        for parameter in module.parameters()
+    }
+    return {
+        name for name, parameter in model.named_parameters()
+        if parameter.ndim == 2 and id(parameter) not in embeddings and layers[name] not in output
+        and "embed" not in name.rpartition(".")[2]
+    }
+
+
+def parameter_groups(
+    model: nn.Module, weight_decay: float | None, layer_decay: float | None = None,
+    use_muon: bool = False,
+) -> list[dict]:
+    """Trainable parameters in groups of equal settings.
+
+    Args:
+        weight_decay: of matrices and kernels; biases and norms have 0; none: no such key.
+        layer_decay: the key ``lr_scale`` is its power by the number of layers above, so that the
+            last layer has 1. Source: Clark et al. 2020 (ELECTRA), arXiv:2003.10555, appendix B;
+            Bao et al. 2022 (BEiT), arXiv:2106.08254.
+        use_muon: adds the key ``use_muon``, true for hidden matrices.
+    """
+    layers = parameter_layers(model)
+    order = list(dict.fromkeys(layers.values()))[::-1]
+    hidden = hidden_matrices(model)
+    groups: dict[tuple, dict] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        settings: dict[str, Any] = {}
+        if weight_decay is not None:
+            settings["weight_decay"] = weight_decay if parameter.ndim >= 2 else 0.0
+        if layer_decay is not None:
+            settings["lr_scale"] = layer_decay ** order.index(layers[name])
+        if use_muon:
+            settings["use_muon"] = name in hidden
+        group = groups.setdefault(tuple(settings.values()), {"params": []} | settings)
+        group["params"].append(parameter)
+    return list(groups.values())
+
+
+def build_optimizer(options: OptimOptions, model: nn.Module) -> Optimizer:
     """The optimizer over the model's trainable parameters, fused where torch has it.
 
     Raises:
         UserError: arguments that the class refuses, or nothing to train.
     """
-    optimizer_class = OPTIMIZERS[options.name]
-    takes = inspect.signature(optimizer_class).parameters
-    groups = parameter_groups(model, options.weight_decay)
+    optimizer_class = find_optimizer(options.name)
+    takes, takes_any = _arguments_of(optimizer_class)
+    uses_muon = optimizer_class is MuonWithAdamW
+    weight_decay = options.weight_decay if "weight_decay" in takes or takes_any else None
+    groups = parameter_groups(model, weight_decay, options.layer_decay, uses_muon)
     if not groups:
         raise UserError("the model has no trainable parameters")
-    if "weight_decay" not in takes:
-        groups = [{"params": group["params"]} for group in groups]
+    if uses_muon and not any(group["use_muon"] for group in groups):
+        raise UserError(
+            "optim.name: muon is for hidden matrices, and this model has none to train besides "
+            "embeddings and its last layer; use adamw"
+        )
     fused = {}
-    if "fused" in takes and not {"foreach", "capturable", "differentiable"} & set(options.args):
+    is_torchs = optimizer_class in OPTIMIZERS.values()
+    if is_torchs and "fused" in takes and not (
+        {"foreach", "capturable", "differentiable"} & set(options.args)
+    ):
         device = groups[0]["params"][0].device.type
         # On a GPU the fused SGD that skips its first step by found_inf goes on with momentum
         # buffers nobody has written (torch 2.13); unfused, the guard skips on the host.
-        uses_momentum = options.name == "sgd" and options.args.get("momentum")
+        uses_momentum = optimizer_class is torch.optim.SGD and options.args.get("momentum")
         if device == "cpu" or (device == "cuda" and not uses_momentum):
             fused = {"fused": True}
     try:
-        return optimizer_class(groups, lr=options.lr, **(fused | options.args))
+        optimizer = optimizer_class(groups, lr=options.lr, **(fused | options.args))
     except (TypeError, ValueError, RuntimeError, IndexError) as error:
         raise UserError(f"optim: {options.name} refuses its arguments: {error}") from error
+    set_learning_rate(optimizer, options.lr)
+    return optimizer
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> float:
-    """Gives every group the rate and returns it."""
+def set_learning_rate(optimizer: Optimizer, lr: float) -> float:
+    """Gives every group the rate, times its ``lr_scale`` where it has one, and returns the rate."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_scale", 1.0)
     return lr

@@ -25,12 +25,17 @@ class LoopOptions(Options):
 
 @dataclass
 class Progress:
-    """Where a run stands: all that early stopping and the choice of the best weights rest on."""
+    """Where a run stands: all that early stopping, the choice of the best weights and the
+    reductions of the plateau schedule rest on, as plain numbers for a checkpoint's JSON."""
 
     step: int = 0
     best_value: float | None = None
     best_step: int = 0
     evaluations_since_best: int = 0
+    lr_factor: float = 1.0  # on top of lr_multiplier; 1 for every schedule but plateau
+    plateau_best: float | None = None
+    plateau_bad_evaluations: int = 0
+    plateau_cooldown_left: int = 0
 
     def observe(self, value: float, lower_is_better: bool) -> bool:
         """Takes an evaluation's value in and says whether it is the best so far."""
@@ -42,6 +47,35 @@ class Progress:
         if improved:
             self.best_value, self.best_step = value, self.step
         return improved
+
+    def reduce_on_plateau(
+        self, value: float, lower_is_better: bool, floor: float, *, factor: float, patience: int,
+        threshold: float, cooldown: int,
+    ) -> None:
+        """Multiplies ``lr_factor`` by ``factor``, but not below ``floor``, after more than
+        ``patience`` evaluations in a row without a relative improvement above ``threshold``.
+
+        He et al. 2016 (ResNet), section 3.4; the same as torch's ReduceLROnPlateau, ``rel``, but
+        right for a negative best value, too. A value that is not finite is no improvement. The
+        ``cooldown`` evaluations after a reduction are not counted.
+        """
+        best = self.plateau_best
+        if math.isfinite(value) and (
+            best is None
+            or (value < best - threshold * abs(best) if lower_is_better else
+                value > best + threshold * abs(best))
+        ):
+            self.plateau_best = value
+            self.plateau_bad_evaluations = 0
+        else:
+            self.plateau_bad_evaluations += 1
+        if self.plateau_cooldown_left > 0:
+            self.plateau_cooldown_left -= 1
+            self.plateau_bad_evaluations = 0
+        if self.plateau_bad_evaluations > patience:
+            self.lr_factor = max(self.lr_factor * factor, floor)
+            self.plateau_bad_evaluations = 0
+            self.plateau_cooldown_left = cooldown
 
     def is_out_of_patience(self, patience: int | None) -> bool:
         """Whether so many evaluations in a row brought no new best."""

@@ -4,17 +4,40 @@ A task turns outputs and targets into unreduced losses, and batches of an evalua
 additive statistics. Which samples, and the division by a count, are not its business.
 """
 
+from __future__ import annotations
+
 import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 from torch import Tensor
 
 from trainlib import losses, metrics
-from trainlib.config import Options, UserError, nearest, one_of
+from trainlib.augment import Mix
+from trainlib.config import Options, UserError, nearest
+from trainlib.user_code import describe_error, import_object, is_object_spec
+
+
+def find_loss(name: str) -> Callable[..., Tensor]:
+    """The loss of a name in ``losses``, or the user's own as file.py:name or package.module:name.
+
+    Raises:
+        ValueError: there is no such loss.
+    """
+    if name in losses.LOSSES:
+        return losses.LOSSES[name]
+    if not is_object_spec(name):
+        raise ValueError(f"unknown{nearest(name, losses.LOSSES)}")
+    return import_object(name)
+
+
+def _check_loss(name: str) -> str:
+    find_loss(name)
+    return name
 
 
 class TaskOptions(Options):
@@ -22,18 +45,21 @@ class TaskOptions(Options):
     """What is predicted: classification is one class of several."""
     target: str | None = None
     """The column to predict; none: the column of the task's name, or the only candidate."""
-    loss: Annotated[str, one_of(losses.LOSSES)] = "cross_entropy"
-    """Which loss: cross_entropy or focal."""
+    loss: Annotated[str, AfterValidator(_check_loss)] = "cross_entropy"
+    """Which loss: cross_entropy, focal, or a function of your own, file.py:name, from outputs
+    [batch, classes] and targets [batch] to one loss an item [batch]."""
     loss_args: dict[str, Any] = {}
     """Arguments of the loss, such as label_smoothing, class_weights, gamma, alpha."""
     weight: float = Field(1.0, gt=0)
     """Factor of this task's mean loss in the total."""
 
     @model_validator(mode="after")
-    def _loss_takes_args(self) -> "TaskOptions":
-        takes = list(inspect.signature(losses.LOSSES[self.loss]).parameters)[2:]
+    def _loss_takes_args(self) -> TaskOptions:
+        parameters = inspect.signature(find_loss(self.loss)).parameters
+        takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        takes = list(parameters)[2:]
         for name in self.loss_args:
-            if name not in takes:
+            if name not in takes and not takes_any:
                 raise UserError(
                     f"loss_args: {self.loss} does not take {name!r}{nearest(name, takes)}"
                 )
@@ -50,9 +76,25 @@ class Task:
     weight: float
     loss: partial
 
-    def losses(self, output: Tensor, targets: dict[str, Tensor]) -> Tensor:
-        """[items] unreduced losses in fp32, in nats."""
-        return self.loss(output, targets[self.target])
+    def output(self, output: Any) -> Any:
+        """This task's part of what a model returned: a tensor, a mapping, or a Hugging Face output.
+        """
+        if isinstance(output, Mapping):
+            return output[self.name] if self.name in output else output.get("logits", output)
+        return output
+
+    def losses(self, output: Any, targets: dict[str, Tensor], mix: Mix | None = None) -> Tensor:
+        """[items] unreduced losses in fp32, in nats.
+
+        Args:
+            mix: how MixUp or CutMix has blended the inputs; the losses are blended likewise, which
+                for the cross entropy is its loss on the blended target.
+        """
+        output, target = self.output(output), targets[self.target]
+        losses = self.loss(output, target)
+        return losses if mix is None else mix.blend(
+            losses, self.loss(output, target[mix.partner])
+        )
 
     def check_output(self, output: Any, batch_size: int) -> None:
         """Refuses an output that does not fit the classes.
@@ -60,12 +102,12 @@ class Task:
         Raises:
             UserError: with both shapes.
         """
-        wanted = (batch_size, len(self.label_names))
+        wanted, output = (batch_size, len(self.label_names)), self.output(output)
         given = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         if given != wanted:
             raise UserError(
                 f"the model's output is {given}, task {self.name!r} needs {wanted}: one logit for "
-                f"each of its {wanted[1]} classes; leave --model.args.classes to the data"
+                f"each of its {wanted[1]} classes; leave the number of classes to the data"
             )
 
     @property
@@ -73,10 +115,10 @@ class Task:
         """Length of the vector of additive counts."""
         return len(self.label_names) ** 2
 
-    def counts(self, output: Tensor, targets: dict[str, Tensor]) -> Tensor:
+    def counts(self, output: Any, targets: dict[str, Tensor]) -> Tensor:
         """[counts_size] additive counts of one batch: the confusion matrix, row by row."""
         return metrics.confusion_counts(
-            output.argmax(1), targets[self.target], len(self.label_names)
+            self.output(output).argmax(1), targets[self.target], len(self.label_names)
         ).flatten()
 
     def result(self, loss_sum: float, counts: Tensor) -> dict:
@@ -111,34 +153,32 @@ def metric_names(tasks: list[Task]) -> list[str]:
 
 
 def resolve(
-    options: dict[str, TaskOptions], label_names: dict[str, list[str]]
+    options: dict[str, TaskOptions], candidates: list[str], columns: list[str]
 ) -> dict[str, TaskOptions]:
     """The options with every target column named; without any, one task on the only candidate.
 
     Args:
-        label_names: of each candidate column.
+        candidates: the columns that could be the only target.
+        columns: all columns.
 
     Raises:
-        UserError: an unknown column, or several candidates and none chosen.
+        UserError: an unknown column, or no or several candidates and none chosen.
     """
-    candidates = list(label_names)
+    def only_candidate() -> str:
+        if len(candidates) == 1:
+            return candidates[0]
+        found = (f"several columns could be the target: {', '.join(candidates)}" if candidates else
+                 f"no column of class labels, strings or integers among {', '.join(columns)}")
+        raise UserError(f"tasks: {found}; choose one with --tasks.NAME.target COLUMN")
+
     if not options:
-        if len(candidates) != 1:
-            raise UserError(
-                f"tasks: several columns could be the target: {', '.join(candidates)}; choose one "
-                "with --tasks.NAME.target COLUMN"
-            )
-        return {candidates[0]: TaskOptions(target=candidates[0])}
+        target = only_candidate()
+        return {target: TaskOptions(target=target)}
     resolved = {}
     for name, task in options.items():
-        target = task.target or (name if name in candidates else None)
-        if target is None and len(candidates) == 1:
-            target = candidates[0]
-        if target not in candidates:
-            given = task.target or name
-            raise UserError(
-                f"tasks.{name}.target: no target column {given!r}{nearest(given, candidates)}"
-            )
+        target = task.target or (name if name in columns else only_candidate())
+        if target not in columns:
+            raise UserError(f"tasks.{name}.target: no column {target!r}{nearest(target, columns)}")
         resolved[name] = task.model_copy(update={"target": target})
     return resolved
 
@@ -159,10 +199,15 @@ def build_tasks(
     for name, task in options.items():
         where = f"tasks.{name}"
         names = label_names[task.target]
-        loss = partial(losses.LOSSES[task.loss], **task.loss_args)
+        loss = partial(find_loss(task.loss), **task.loss_args)
         try:
-            loss(torch.zeros(1, len(names)), torch.zeros(1, dtype=torch.int64))
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise UserError(f"{where}.loss_args: {task.loss}: {error}") from error
+            tried = loss(torch.zeros(2, len(names)), torch.zeros(2, dtype=torch.int64))
+        except Exception as error:  # whatever a loss of the user's own raises
+            given = str(error) if task.loss in losses.LOSSES else describe_error(error)
+            raise UserError(f"{where}.loss_args: {task.loss}: {given}") from error
+        if not isinstance(tried, Tensor) or tried.shape != (2,):
+            shape = list(tried.shape) if isinstance(tried, Tensor) else type(tried).__name__
+            raise UserError(f"{where}.loss: {task.loss} returns {shape} for two items; return one "
+                            "loss an item, [batch], and leave the mean to the script")
         tasks.append(Task(name, task.target, names, task.weight, loss))
     return tasks

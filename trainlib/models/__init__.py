@@ -1,38 +1,66 @@
-"""build_model(spec), load_model(run): from a name and arguments to a module.
+"""build_model(options), load_model(run): from a name and arguments to a module.
 
-A model is any ``nn.Module`` that maps inputs to logits. Arguments that only the data knows
-(``inputs``, ``channels``, ``classes``) are filled in where the net's signature takes them.
+A model is any ``nn.Module`` whose first argument is the inputs and which returns logits. What only
+the data knows (numbers of inputs, channels, classes) is filled in where a signature takes it.
 """
 
-import inspect
 import json
-import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import model_validator
-from torch import nn
+import torch
+import yaml
+from pydantic import AfterValidator, ValidationError, field_validator, model_validator
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_model as load_weights
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from trainlib.config import Options, UserError, nearest, one_of, parse_yaml
-from trainlib.models.mlp import mlp
-from trainlib.models.resnet import ResNet
+from trainlib.config import Options, UserError, nearest, parse_yaml
+from trainlib.models import external
+from trainlib.models.external import check_args, check_name
+from trainlib.models.inputs import INPUT_BUFFERS, prepare_inputs
+from trainlib.models.weights import parameter_table, start_weights, weights_file
+from trainlib.user_code import describe_error
 
-BUILTIN: dict[str, Callable[..., nn.Module]] = {"mlp": mlp, "resnet": ResNet}
+__all__ = [
+    "ModelOptions", "build_model", "complete", "load_model", "parameter_table", "start_weights",
+]
 
 
 class ModelOptions(Options):
-    name: Annotated[str, one_of(BUILTIN)] = "mlp"
-    """Which net: mlp or resnet."""
+    name: Annotated[str, AfterValidator(check_name)] = "mlp"
+    """Which net: mlp, resnet, timm:NAME, torchvision:NAME, transformers:AutoModelFor..., or a class
+    or function of your own, file.py:Name or package.module:Name."""
     args: dict[str, Any] = {}
-    """Arguments of the net: hidden and dropout of the mlp, depth and width of the resnet."""
+    """Arguments of the net; of transformers: config (a mapping with model_type) or pretrained (an
+    id or folder)."""
+    init_from: str | None = None
+    """Weights to start from: a .safetensors file, or a run or other folder with one; tensors of
+    another shape or name are listed and left as they are."""
+    freeze: list[str] = []
+    """Patterns such as stem* or blocks.0.*: parameters of these names are not trained, and batch
+    norms of which none is trained keep their statistics."""
+    compile: str | None = None
+    """Backend of torch.compile; true means inductor, none: not compiled."""
+    channels_last: bool = False
+    """Lay images and kernels out with channels last, which is faster for half precision on GPUs."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time, the same weights."""
+
+    @field_validator("compile", mode="before")
+    @classmethod
+    def _is_backend(cls, given: Any) -> Any:
+        backend = {True: "inductor", False: None}[given] if isinstance(given, bool) else given
+        if isinstance(backend, str):
+            known = torch.compiler.list_backends(exclude_tags=())  # imports the compiler: slow
+            if backend not in known:
+                raise ValueError(f"unknown{nearest(backend, known)}")
+        return backend
 
     @model_validator(mode="after")
     def _net_takes_args(self) -> "ModelOptions":
-        takes = list(inspect.signature(BUILTIN[self.name]).parameters)
-        for name in self.args:
-            if name not in takes:
-                raise UserError(f"args: {self.name} does not take {name!r}{nearest(name, takes)}")
+        check_args(self.name, self.args)
         return self
 
 
@@ -44,49 +72,76 @@ def complete(
     Args:
         input_shape: of one sample, [channels, height, width] for images.
     """
-    takes = inspect.signature(BUILTIN[options.name]).parameters
-    known = {
-        "inputs": math.prod(input_shape), "channels": input_shape[0], "classes": num_classes
-    }
-    filled = {name: value for name, value in known.items() if name in takes}
-    return options.model_copy(update={"args": filled | options.args})
+    args = external.complete_args(options.name, options.args, input_shape, num_classes)
+    return options.model_copy(update={"args": args})
 
 
-def build_model(options: ModelOptions) -> nn.Module:
-    """The net that complete options describe, with fresh weights from torch's generator.
+def build_model(
+    options: ModelOptions, mean: Tensor | None = None, deviation: Tensor | None = None
+) -> nn.Module:
+    """The net that complete options describe, in training mode.
+
+    Args:
+        mean, deviation: of the inputs, which the model then scales itself; none: it does not.
+
+    Returns:
+        The module with fresh weights from torch's generator, or pretrained ones.
 
     Raises:
-        UserError: the net refuses its arguments.
+        UserError: the net refuses its arguments, or its code raises.
     """
     try:
-        return BUILTIN[options.name](**options.args)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"model.args: {options.name} refuses {options.args}: {error}") from error
+        model = external.build(options.name, options.args)
+    except (Exception, SystemExit) as error:  # whatever a net of the user's own raises
+        raise UserError(f"model: {options.name} refuses {options.args}: "
+                        f"{describe_error(error)}") from error
+    if not isinstance(model, nn.Module):
+        raise UserError(f"model.name: {options.name} returned a {type(model).__name__}, not a "
+                        "torch.nn.Module")
+    if any(is_lazy(parameter) for parameter in model.parameters()):
+        raise UserError(f"model.name: {options.name} has lazy layers, which cannot be loaded back; "
+                        "give them their sizes, such as inputs or channels, which are filled in")
+    prepare_inputs(model, mean, deviation, options.channels_last)
+    if options.channels_last:
+        model.to(memory_format=torch.channels_last)
+    if options.gradient_checkpointing:
+        external.checkpoint_gradients(model, options.name)
+    return model.train()
 
 
 def load_model(run: str | Path) -> nn.Module:
-    """The trained module of a run, in eval mode on the CPU.
+    """The trained module of a run, in eval mode on the CPU; it scales its inputs itself.
 
     Args:
         run: a run folder (its ``best/`` where that exists, else ``final/``), or such a folder.
 
     Returns:
         The module; ``module.run_config`` holds the run's options as a mapping,
-        ``module.label_names`` the class names by task.
+        ``module.label_names`` the class names by task. Its first argument, not a keyword, are
+        the inputs; images are given in fp32 from 0 to 1.
 
     Raises:
-        UserError: no trained model lies there.
+        UserError: no trained model lies there, or its net cannot be built.
     """
-    from safetensors.torch import load_model as load_weights
-
-    folders = [Path(run) / "best", Path(run) / "final", Path(run)]
-    folder = next((f for f in folders if (f / "model.safetensors").is_file()), None)
-    if folder is None:
-        raise UserError(f"{run}: no model.safetensors in best/, final/ or the folder itself; give "
-                        "the folder of a run that has finished or evaluated once")
-    config = parse_yaml((folder / "config.yaml").read_text(encoding="utf-8"))
-    model = build_model(ModelOptions.model_validate(config["model"]))
-    load_weights(model, folder / "model.safetensors")
-    model.run_config = config
-    model.label_names = json.loads((folder / "labels.json").read_text(encoding="utf-8"))
+    file = weights_file(run)
+    try:
+        config = parse_yaml((file.parent / "config.yaml").read_text(encoding="utf-8"))
+        label_names = json.loads((file.parent / "labels.json").read_text(encoding="utf-8"))
+        options = ModelOptions.model_validate(config["model"])
+    except ValidationError as error:
+        mistakes = "; ".join(e["msg"].removeprefix("Value error, ") for e in error.errors())
+        raise UserError(f"{file.parent}/config.yaml: model: {mistakes}") from error
+    except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError) as error:
+        raise UserError(f"{file.parent}: no config.yaml and labels.json of a run beside "
+                        f"{file.name}: {describe_error(error)}") from error
+    options = options.model_copy(update={"args": external.without_pretrained(options)})
+    try:
+        with safe_open(file, "pt") as tensors:
+            scale = [tensors.get_tensor(name) for name in INPUT_BUFFERS if name in tensors.keys()]
+        model = build_model(options, *scale)
+        load_weights(model, file)
+    except (SafetensorError, RuntimeError) as error:
+        raise UserError(f"{file}: these are no weights of {options.name} as its code is now: "
+                        f"{describe_error(error)}") from error
+    model.run_config, model.label_names = config, label_names
     return model.eval()

@@ -1,7 +1,9 @@
 """The residual network for small images."""
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 
 class ResNet(nn.Module):
@@ -35,11 +37,21 @@ class ResNet(nn.Module):
                 in_width = out_width
         self.blocks = nn.Sequential(*blocks)
         self.head = nn.Linear(in_width, classes)
+        self.recomputes = False
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block in the backward pass, or not."""
+        self.recomputes = enable
 
     def forward(self, images: Tensor) -> Tensor:
         """[batch, channels, height, width] -> [batch, classes]."""
         features = functional.relu(self.stem_norm(self.stem(images)))
-        return self.head(self.blocks(features).mean((2, 3)))
+        for block in self.blocks:
+            if self.recomputes and torch.is_grad_enabled():
+                features = checkpoint(block, features, use_reentrant=False)
+            else:
+                features = block(features)
+        return self.head(features.mean((2, 3)))
 
 
 class BasicBlock(nn.Module):

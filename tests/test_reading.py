@@ -1,0 +1,120 @@
+"""Readers: the plan's micro-batches, the same bits in memory and from disk, on any number of
+processes.
+"""
+
+import multiprocessing
+import time
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from launching import load
+from PIL import Image
+
+from trainlib import data, plan
+from trainlib.data import loading, reading
+
+CPU = torch.device("cpu")
+RANDOM = np.random.default_rng(0)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
+
+
+@pytest.fixture
+def image_folder(tmp_path) -> str:
+    """29 colour images of 3 classes."""
+    for number in range(29):
+        file = tmp_path / "images" / f"class {number % 3}" / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(RANDOM.integers(0, 256, (6, 5, 3), dtype=np.uint8)).save(file)
+    return str(tmp_path / "images")
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"in_memory": False, "workers": 0}, {"in_memory": False, "workers": 2},
+], ids=str)
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+def test_all_processes_together_read_the_plan(world_size, options, image_folder):
+    train = load("label", source=image_folder).train  # 26 samples
+    split = load("label", source=image_folder, **options).train
+    batch_plan = plan.BatchPlan(len(split), 10, seed=0)
+    readers = [data.Reader(split, batch_plan, plan.assign(10, 3, rank, world_size), CPU)
+               for rank in range(world_size)]
+    last_of_block = batch_plan.steps_per_block - 1
+    for step in (0, 1, last_of_block, last_of_block + 1, 2):  # also back into an earlier block
+        parts = [reader.take(step) for reader in readers]
+        real = sorted((p for mine in parts for p in mine if p.is_real), key=lambda p: p.number)
+        samples = torch.from_numpy(batch_plan.samples(step))
+        assert [part.number for part in real] == [0, 1, 2, 3]
+        wanted = train.inputs[samples].float() / 255
+        assert torch.cat([part.inputs for part in real]).equal(wanted)
+        targets = torch.cat([part.targets["label"] for part in real])
+        assert targets.equal(train.targets["label"][samples])
+        for mine in parts:
+            assert [part.is_last for part in mine] == [False] * (len(mine) - 1) + [True]
+        assert len({len(mine) for mine in parts}) == 1
+        assert readers[-1].rows(step) == train.rows[samples].tolist()
+    for size in (4, 7, 100):
+        found = {}
+        for rank in range(world_size):
+            reader = data.EvalReader(split, size, rank, world_size, CPU)
+            for number, inputs, targets in reader:
+                assert number % world_size == rank
+                found[number] = inputs, targets["label"]
+        assert sorted(found) == list(range(reader.num_batches))
+        wanted = train.inputs.float() / 255
+        assert torch.cat([found[number][0] for number in sorted(found)]).equal(wanted)
+        assert torch.cat([found[number][1] for number in sorted(found)]).equal(
+            train.targets["label"])
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_a_data_set_smaller_than_a_batch_is_read_several_times(in_memory, tmp_path):
+    (tmp_path / "few.csv").write_text("x,y\n0,a\n1,b\n2,a\n")
+    (tmp_path / "other.csv").write_text("x,y\n0,a\n")
+    split = load("y", source=str(tmp_path / "few.csv"), in_memory=in_memory, workers=0,
+                 validation_split=str(tmp_path / "other.csv")).train
+    reader = data.Reader(split, plan.BatchPlan(3, 8, 0), plan.assign(8, 8, 0, 1), CPU)
+    seen = torch.cat([reader.take(step)[0].inputs for step in range(3)])
+    assert seen.flatten().int().bincount().tolist() == [8, 8, 8]
+
+
+def test_workers_go_on_from_step_to_step_and_end_with_their_reader(image_folder, monkeypatch):
+    started = []
+
+    class Loader(reading.DataLoader):
+        def __init__(self, *arguments, **named):
+            started.append(named["num_workers"])
+            super().__init__(*arguments, **named)
+
+    monkeypatch.setattr(reading, "DataLoader", Loader)
+    split = load("label", source=image_folder, in_memory=False, workers=2).train
+    reader = data.Reader(split, plan.BatchPlan(26, 8, 0), plan.assign(8, 4, 0, 1), CPU)
+    state = torch.get_rng_state()
+    for step in (0, 1, 2, 3):
+        reader.take(step)
+    assert started == [2]
+    reader.take(9)
+    assert started == [2, 2] and len(multiprocessing.active_children()) == 2
+    assert torch.get_rng_state().equal(state)  # the run's own random numbers
+    begin = time.monotonic()
+    del reader  # without the cyclic garbage collector, in which workers take 5 seconds each
+    assert not multiprocessing.active_children() and time.monotonic() - begin < 4
+
+
+def test_a_data_set_stays_in_memory_where_it_fits_in_a_quarter(image_folder, monkeypatch):
+    size = 29 * 3 * 6 * 5
+
+    class Memory:
+        total = 4 * size
+
+    monkeypatch.setattr(loading.psutil, "virtual_memory", Memory)
+    assert load("label", source=image_folder).train.inputs is not None
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # each process has its share
+    assert load("label", source=image_folder).train.inputs is None
+    assert load("label", source=image_folder, in_memory=True).train.inputs is not None
