@@ -104,8 +104,10 @@ def test_a_mapping_or_a_hugging_face_output_holds_the_tasks_output():
         assert task.losses(output, targets).equal(task.losses(logits, targets))
         assert task.counts(output, targets).equal(task.counts(logits, targets))
         task.check_output(output, 2)
-    with pytest.raises(UserError, match="output is dict"):
-        task.check_output({"another": logits}, 2)
+    for output, what in (({"another": logits}, "a mapping of another"), (None, "a NoneType"),
+                         (logits.long(), r"\(2, 3\) of torch.int64")):
+        with pytest.raises(UserError, match=f"output is {what}, task 'digit' needs"):
+            task.check_output(output, 2)
 
 
 def test_a_loss_of_the_users_own_is_one_loss_an_item(tmp_path):

@@ -100,15 +100,23 @@ class Task:
         """Refuses an output that does not fit the classes.
 
         Raises:
-            UserError: with both shapes.
+            UserError: with what is given and the shape that is needed.
         """
-        wanted, output = (batch_size, len(self.label_names)), self.output(output)
-        given = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        if given != wanted:
-            raise UserError(
-                f"the model's output is {given}, task {self.name!r} needs {wanted}: one logit for "
-                f"each of its {wanted[1]} classes; leave the number of classes to the data"
-            )
+        wanted, given = (batch_size, len(self.label_names)), self.output(output)
+        if isinstance(given, Mapping):
+            what = f"a mapping of {', '.join(map(str, given))}"
+        elif not isinstance(given, Tensor):
+            what = f"a {type(given).__name__}"
+        elif given.shape == wanted and given.is_floating_point():
+            return
+        else:
+            what = f"{tuple(given.shape)}"
+            what += "" if given.is_floating_point() else f" of {given.dtype}"
+        raise UserError(
+            f"the model's output is {what}, task {self.name!r} needs {wanted}: one logit for each "
+            f"of its {wanted[1]} classes (in a mapping by the name of the task, or 'logits'); "
+            "leave the number of classes to the data"
+        )
 
     @property
     def counts_size(self) -> int:

@@ -76,6 +76,8 @@ def open_source(options: DataOptions) -> Source:
         UserError: it cannot be read, or a split of it is not there.
     """
     if options.source.startswith("builtin:"):
+        _refuse_options(options, ("revision", "subset", "input", "channels", "image_size",
+                                  "train_split", "validation_split"), "is built in")
         parts = BUILTIN[options.source]()
         columns = list(parts.label_names)
         return Source(columns, columns, lambda targets: parts)
