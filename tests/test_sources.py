@@ -248,7 +248,8 @@ def test_options_that_a_source_has_no_use_for_are_refused(tmp_path):
     ("return {'train': D.to_iterable_dataset()}", "is a stream"),
     ("return None", "gives a NoneType"), ("return [D]", "gives a list"),
     ("return {'train': [1]}", "gives a list"), ("return {}", "no split 'train'"),
-    ("return {1: D}", "no split 'train'"), ("raise KeyError('k')", "KeyError: 'k' (mine.py, line"),
+    ("return D.with_transform(dict)", "has a transform"), ("return {1: D}", "no split 'train'"),
+    ("raise KeyError('k')", "KeyError: 'k' (mine.py, line"),
     ("import nothing_like_it", "No module named 'nothing_like_it'"),
 ])
 def test_what_a_function_gives_must_be_tables(body, told, tmp_path):

@@ -54,6 +54,9 @@ def read_tables(source: str, options: DataOptions, option: str) -> dict[str, dat
             if not isinstance(table, datasets.Dataset):
                 raise ValueError(f"{source} gives a {type(table).__name__}; return a "
                                  "datasets.Dataset, or a DatasetDict of them")
+            if table.format["type"] == "custom":
+                raise ValueError(f"{source} has a transform (set_transform), which nobody would "
+                                 "carry out here; use map, which stores its result")
     except ValueError as error:
         raise UserError(f"{option}: {error}") from error
     return {str(split): table for split, table in tables.items()}
