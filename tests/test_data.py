@@ -84,6 +84,17 @@ def test_class_labels_are_matched_by_name_and_all_their_names_are_kept(tmp_path)
         "y", source=train, validation_split=unseen)
 
 
+def test_columns_that_could_be_the_target_are_offered(tmp_path):
+    def candidates(**columns):
+        datasets.Dataset.from_dict(columns).to_parquet(str(tmp_path / "table.parquet"))
+        source = data.open_source(data.DataOptions(source=str(tmp_path / "table.parquet")))
+        return source.target_candidates
+
+    assert candidates(a=[1.0], b=["x"], c=[1]) == ["b"]
+    assert candidates(a=[1.0], c=[1], d=[True]) == ["c", "d"]
+    assert candidates(a=[1.0]) == []
+
+
 def test_labels_that_are_none_are_refused(tmp_path):
     def told(values, **features):
         return refusal("y", source=write(tmp_path, values, **features))

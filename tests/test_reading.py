@@ -118,3 +118,12 @@ def test_a_data_set_stays_in_memory_where_it_fits_in_a_quarter(image_folder, mon
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # each process has its share
     assert load("label", source=image_folder).train.inputs is None
     assert load("label", source=image_folder, in_memory=True).train.inputs is not None
+
+
+def test_a_device_named_with_or_without_its_index_is_one_device():
+    split = data.Split(torch.zeros(2, 3), {}, torch.arange(2))
+    assert split.inputs.device != torch.device("cpu", 0)  # what a plain comparison says
+    assert split.is_on(torch.device("cpu", 0)) and split.is_on(torch.device("cpu"))
+    assert not split.is_on(torch.device("cuda")) and not split.is_on(torch.device("cuda", 1))
+    on_disk = data.Split(None, {}, torch.arange(2))
+    assert not on_disk.is_on(torch.device("cpu"))

@@ -52,6 +52,10 @@ class Split:
         inputs = None if inputs is None else inputs.to(device)
         return Split(inputs, targets, self.rows, self.decode, self.workers)
 
+    def is_on(self, device: torch.device) -> bool:
+        """Whether the inputs lie on a device, which Accelerate may name without its index."""
+        return self.inputs is not None and self.inputs.device.type == device.type
+
     def read(self, samples: np.ndarray) -> Tensor:
         """The stored inputs of samples [n], decoded here and now if need be."""
         if self.inputs is None:
@@ -140,7 +144,7 @@ class Reader:
     def take(self, step: int) -> list[MicroBatch]:
         """The micro-batches of one step; steps may be asked for in any order."""
         inputs = self.split.inputs
-        if inputs is None or inputs.device != self.device:
+        if not self.split.is_on(self.device):
             batches = self._from_stream(step)
         else:
             samples = self._samples(step)
@@ -207,7 +211,7 @@ class EvalReader:
     def __iter__(self) -> Iterator[tuple[int, Tensor, dict[str, Tensor]]]:
         """Each batch's number, the model's inputs and the targets."""
         inputs, size = self.split.inputs, self.batch_size
-        if inputs is not None and inputs.device == self.device:
+        if self.split.is_on(self.device):
             for number in self.numbers:
                 chosen = slice(number * size, (number + 1) * size)
                 targets = {name: column[chosen] for name, column in self.split.targets.items()}
