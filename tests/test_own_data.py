@@ -1,9 +1,12 @@
-"""A user's own CIFAR-10 parquet: in memory or from disk, on any number of processes, one curve."""
+"""A user's own parquet of images: in memory or from disk, on any number of processes, one curve."""
 
+import io
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
-from launching import ROOT, assert_same_run, losses, records, train
+from launching import ROOT, assert_same_run, launch, losses, records, train
 
 CIFAR = ROOT.parent / "shared" / "data" / "cifar10-train.parquet"
 AUGMENT = "{crop: 4, flip: 0.5, mixup: 0.2}"
@@ -42,3 +45,32 @@ def test_in_memory_and_from_disk_on_one_and_two_processes_give_the_same_bits(ima
                 processes=processes,
             )
             assert_same_run(in_memory, from_disk)
+
+
+def test_a_broken_image_that_one_process_alone_reads_is_named(tmp_path):
+    import datasets
+    from PIL import Image
+
+    def encoded(number: int) -> bytes:
+        buffer = io.BytesIO()
+        Image.fromarray(np.full((8, 8), number, np.uint8)).save(buffer, "PNG")
+        return buffer.getvalue()
+
+    features = datasets.Features(image=datasets.Image(), label=datasets.Value("int64"))
+    images = [{"bytes": encoded(number), "path": None} for number in range(40)]
+    columns = {"image": images, "label": [number % 2 for number in range(40)]}
+    datasets.Dataset.from_dict(columns, features).to_parquet(str(tmp_path / "train.parquet"))
+    # Validation batch 1, which is the second process's, holds rows 2 and 3.
+    images[3] = {"bytes": images[3]["bytes"][:40], "path": None}
+    some = {name: values[:4] for name, values in columns.items()}
+    datasets.Dataset.from_dict(some, features).to_parquet(str(tmp_path / "validation.parquet"))
+    result = launch(
+        ["--run_dir", str(tmp_path / "run"), "--log.trackers", "[]", "--loop.duration", "2 steps",
+         "--data.source", str(tmp_path / "train.parquet"), "--data.validation_split",
+         str(tmp_path / "validation.parquet"), "--data.in_memory", "false", "--data.workers", "0",
+         "--data.normalize", "false", "--batch.eval_size", "2", "--batch.micro_size", "16"],
+        processes=2,
+    )
+    assert "validation.parquet, row 3: not an image that can be decoded" in result.stderr
+    record = json.loads((tmp_path / "run" / "exit.json").read_text())
+    assert record["code"] == 2 and "row 3" in record["reason"]

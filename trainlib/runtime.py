@@ -173,10 +173,15 @@ class RunFolder:
             raise SystemExit(0)
 
     def record_exit(self, code: int, reason: str) -> None:
-        """Writes ``exit.json``, since launchers replace a script's own exit code by 1."""
-        if self.is_main:
+        """Writes ``exit.json``, since launchers replace a script's own exit code by 1.
+
+        A mistake that one process alone has met, such as a broken image, is written by that one;
+        the others, which miss it in their communication, do not write over it.
+        """
+        file = self.path / "exit.json"
+        if (self.is_main or code == UserError.exit_code) and not file.exists():
             entry = {"code": code, "reason": reason, "step": self.step}
-            (self.path / "exit.json").write_text(json.dumps(entry) + "\n", encoding="utf-8")
+            file.write_text(json.dumps(entry) + "\n", encoding="utf-8")
 
 
 def run(main: Callable[[list[str]], None]) -> None:
@@ -193,7 +198,7 @@ def run(main: Callable[[list[str]], None]) -> None:
         code, reason = getattr(error, "exit_code", 1), str(error)
         if code == 1:
             traceback.print_exc()
-        elif is_first_process():
+        elif is_first_process() or (code == UserError.exit_code and RunFolder.current):
             print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
     folder = RunFolder.current
     if folder is not None and reason is not None:
