@@ -87,9 +87,9 @@ class BatchStatistics:
         elif not healthy:
             blended = self._before
         torch._foreach_copy_(self.running, list(blended.split(self.sizes)))
-        for tracked, count in zip(self._num_tracked, self._num_steps, strict=True):
-            count += healthy
-            tracked.copy_(count)
+        one = healthy.long() if isinstance(healthy, Tensor) else int(healthy)
+        torch._foreach_add_(self._num_steps, one)
+        torch._foreach_copy_(self._num_tracked, self._num_steps)
 
     def _blend(self, sums: Tensor) -> Tensor:
         momentum = self._momentum

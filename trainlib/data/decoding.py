@@ -23,6 +23,8 @@ Decoder = Callable[[np.ndarray], Tensor]
 """From rows [n] of a source to their inputs [n, ...]: uint8 for images, else fp32 or int64."""
 
 _GREY_MODES = ("1", "L", "LA")
+# Where Pillow keeps what says which side of an image is up; TIFF files it turns by itself.
+_ORIENTED = {"exif", "xmp", "Raw profile type exif", "XML:com.adobe.xmp"}
 
 
 class ImageDecoder:
@@ -96,7 +98,8 @@ class ImageDecoder:
         try:
             image = Image.open(path if content is None else io.BytesIO(content))
             image.load()
-            ImageOps.exif_transpose(image, in_place=True)
+            if _ORIENTED & image.info.keys():  # asking Pillow costs as much as a small image
+                ImageOps.exif_transpose(image, in_place=True)
         except Exception as error:  # Pillow's readers raise whatever a broken file makes them
             reason = ("in no format that Pillow knows" if isinstance(error, UnidentifiedImageError)
                       else " ".join(str(error).split()))
