@@ -4,9 +4,24 @@ import os
 import sys
 from pathlib import Path
 
+import numpy as np
+import pytest
+from PIL import Image
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ |= {
     "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "MPLBACKEND": "Agg",
     "ACCELERATE_USE_CPU": "true",
 }
+
+
+@pytest.fixture
+def image_folder(tmp_path) -> str:
+    """29 colour images of 3 classes."""
+    random = np.random.default_rng(0)
+    for number in range(29):
+        file = tmp_path / "images" / f"class {number % 3}" / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(random.integers(0, 256, (6, 5, 3), dtype=np.uint8)).save(file)
+    return str(tmp_path / "images")

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from launching import load
-from PIL import Image
 
 from trainlib import data, plan
 from trainlib.data import loading, reading
@@ -23,16 +22,6 @@ RANDOM = np.random.default_rng(0)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     datasets.disable_progress_bars()
-
-
-@pytest.fixture
-def image_folder(tmp_path) -> str:
-    """29 colour images of 3 classes."""
-    for number in range(29):
-        file = tmp_path / "images" / f"class {number % 3}" / f"{number}.png"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(RANDOM.integers(0, 256, (6, 5, 3), dtype=np.uint8)).save(file)
-    return str(tmp_path / "images")
 
 
 @pytest.mark.parametrize("options", [
