@@ -85,7 +85,8 @@ def main(arguments: list[str]) -> None:
     torch.manual_seed(options.seed)
     module = models.build_model(model_options, dataset.mean, dataset.deviation)
     notes = models.start_weights(module, options.model.init_from, options.model.freeze)
-    try_model(module, example, task_list)
+    smallest = batch.global_size % batch.micro_size or batch.micro_size
+    try_model(module, example[:smallest], task_list)
     module.to(device)
     optimizer = optim.build_optimizer(options.optim, module)
 
@@ -181,6 +182,8 @@ def main(arguments: list[str]) -> None:
         grad_norm = accelerator.clip_grad_norm_(parameters, max_grad_norm)
         if max_grad_value is not None:
             torch.nn.utils.clip_grad_value_(parameters, max_grad_value)
+        # For optimizers that draw: one key on all processes, of a micro-batch that is not there.
+        seed_generators(plan.forward_seed(options.seed, step, num_micro_batches))
         if guard.allows(mean_losses, grad_norm):
             if scaler is None:
                 optimizer.step()

@@ -79,7 +79,7 @@ def test_columns_that_could_be_the_target_are_offered(tmp_path):
         source = data.open_source(data.DataOptions(source=str(tmp_path / "table.parquet")))
         return source.target_candidates
 
-    assert candidates(a=[1.0], b=["x"], c=[1]) == ["b"]
+    assert candidates(a=[1.0], b=["x"], c=[1]) == ["b", "c"]
     assert candidates(a=[1.0], c=[1], d=[True]) == ["c", "d"]
     assert candidates(a=[1.0]) == []
 

@@ -135,3 +135,43 @@ def broken(output, target):
             build(loss=f"{file}:{name}")
     with pytest.raises(ValueError, match="does not take 'amont'; did you mean 'amount'"):
         build(loss=f"{file}:smooth", loss_args={"amont": 0.2})
+
+
+class Strange(nn.Linear):
+    """Fails, detaches or returns a pair, but only in training."""
+
+    def __init__(self, kind):
+        super().__init__(4, 3)
+        self.kind = kind
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, inputs):
+        output = super().forward(inputs)
+        self.calls += 1
+        if self.training and self.kind == "raises":
+            raise RuntimeError("boom in training")
+        if self.training and self.kind == "pair":
+            return output, output
+        return output.detach() if self.training and self.kind == "detached" else output
+
+
+@pytest.mark.parametrize("kind, message", [
+    ("raises", r"in training: RuntimeError: boom in training \(test_tasks.py, line"),
+    ("pair", "output is a tuple"), ("detached", "no backward pass: .*does not require grad"),
+])
+def test_a_model_that_fails_in_training_only_is_refused(kind, message):
+    with pytest.raises(UserError, match=message):
+        try_model(Strange(kind), torch.zeros(2, 4), [build()])
+
+
+def test_trying_a_model_in_training_leaves_no_trace():
+    model, before = Strange("fine"), torch.get_rng_state()
+    try_model(model, torch.zeros(2, 4), [build()])
+    assert model.calls == 1 and model.weight.grad is None and model.training  # 1: in evaluation
+    assert torch.get_rng_state().equal(before)
+
+
+def test_a_batch_norm_that_meets_a_single_sample_is_refused_at_the_start():
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)).train()
+    with pytest.raises(UserError, match="in training: ValueError: Expected more than 1 value"):
+        try_model(model, torch.zeros(1, 4), [build()])

@@ -68,21 +68,42 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = was_training
 
 
-@torch.no_grad()
 def try_model(model: nn.Module, inputs: Tensor, tasks: list[Task]) -> None:
-    """Runs the model on a few samples before anything is written, and checks what comes out.
+    """Runs the model forward, and in training backward, before anything is written.
+
+    Buffers, gradients and torch's generator are afterwards what they were.
+
+    Args:
+        model: on the CPU; in evaluation it is tried first.
+        inputs: as many samples as the smallest micro-batch has, or a few.
 
     Raises:
         UserError: the model cannot take the inputs, or its output does not fit a task.
     """
-    with eval_mode(model):
+    def attempt(what: str, is_training: bool) -> None:
         try:
             output = model(inputs)
         except Exception as error:  # whatever a net of the user's own raises
-            raise UserError(f"the model cannot take inputs of shape {tuple(inputs.shape)}: "
+            raise UserError(f"the model cannot take inputs of shape {tuple(inputs.shape)}{what}: "
                             f"{describe_error(error)}") from error
-    for task in tasks:
-        task.check_output(output, len(inputs))
+        for task in tasks:
+            task.check_output(output, len(inputs))
+        if is_training:
+            try:
+                sum(task.output(output).float().sum() for task in tasks).backward()
+            except Exception as error:
+                raise UserError(f"the model has no backward pass: {describe_error(error)}"
+                                ) from error
+
+    with eval_mode(model), torch.no_grad():
+        attempt("", False)
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    with torch.random.fork_rng([]):
+        attempt(" in training", True)
+    with torch.no_grad():
+        for buffer, before in buffers:
+            buffer.copy_(before)
+    model.zero_grad(set_to_none=True)
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from trainlib.config import Options, UserError, nearest, one_of
 from trainlib.muon import MuonWithAdamW
 from trainlib.schedule import SHAPES, check_args, check_duration, duration_steps, resolve_args
-from trainlib.user_code import import_object, is_object_spec
+from trainlib.user_code import describe_error, import_object, is_object_spec
 
 _REFUSED = {
     "lbfgs": "LBFGS evaluates the loss several times a step; here a step evaluates it once",
@@ -253,8 +253,9 @@ def build_optimizer(options: OptimOptions, model: nn.Module) -> Optimizer:
             fused = {"fused": True}
     try:
         optimizer = optimizer_class(groups, lr=options.lr, **(fused | options.args))
-    except (TypeError, ValueError, RuntimeError, IndexError) as error:
-        raise UserError(f"optim: {options.name} refuses its arguments: {error}") from error
+    except Exception as error:  # whatever an optimizer of the user's own raises
+        raise UserError(f"optim: {options.name} refuses its arguments: {describe_error(error)}"
+                        ) from error
     set_learning_rate(optimizer, options.lr)
     return optimizer
 

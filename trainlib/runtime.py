@@ -21,7 +21,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from trainlib.config import UserError, flatten, is_first_process, parse_yaml
 
 # Options that may differ between two runs of one folder: they change no weight.
-_FREE_OPTIONS = ("run_dir", "log.")
+_FREE_OPTIONS = ("run_dir", "log.", "data.workers", "data.in_memory")
 
 
 def make_accelerator(

@@ -50,10 +50,10 @@ def kinds_of(table: datasets.Dataset) -> dict[str, str]:
 
 
 def target_candidates(kinds: dict[str, str], chosen_inputs: Sequence[str]) -> list[str]:
-    """The columns that could be the only target: class labels, else texts, else integers."""
-    for wanted in (CLASS, TEXT, INTEGER):
+    """The columns that could be the only target: class labels, else texts and integers."""
+    for wanted in ((CLASS,), (TEXT, INTEGER)):
         found = [name for name, kind in kinds.items()
-                 if kind == wanted and name not in chosen_inputs]
+                 if kind in wanted and name not in chosen_inputs]
         if found:
             return found
     return []

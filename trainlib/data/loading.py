@@ -169,13 +169,16 @@ def build_augment(options: AugmentOptions, example: Tensor) -> Augment:
         UserError: an option does not fit the inputs, or the user's function cannot be had or fails.
     """
     given = options.model_dump()
-    try:
-        if options.function is not None:
+    if options.function is not None:
+        try:
             given["function"] = import_object(options.function)
-        augment = Augment(**given)
+            with torch.no_grad(), torch.random.fork_rng([]):
+                given["function"](example.clone())
+        except Exception as error:  # whatever a user's function raises
+            raise UserError(f"data.augment.function: {describe_error(error)}") from error
+    augment = Augment(**given)
+    try:
         augment.try_on(example)
     except ValueError as error:
         raise UserError(str(error)) from error
-    except Exception as error:  # whatever a user's function raises
-        raise UserError(f"data.augment.function: {describe_error(error)}") from error
     return augment

@@ -46,13 +46,15 @@ class ModelOptions(Options):
     channels_last: bool = False
     """Lay images and kernels out with channels last, which is faster for half precision on GPUs."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, more time, the same weights."""
+    """Recompute activations in the backward pass: less memory, more time, the same weights (but
+    not where inductor compiles dropout, whose draws then change)."""
 
     @field_validator("compile", mode="before")
     @classmethod
     def _is_backend(cls, given: Any) -> Any:
         backend = {True: "inductor", False: None}[given] if isinstance(given, bool) else given
-        if isinstance(backend, str):
+        if backend is not None:
+            backend = str(backend)
             known = torch.compiler.list_backends(exclude_tags=())  # imports the compiler: slow
             if backend not in known:
                 raise ValueError(f"unknown{nearest(backend, known)}")
@@ -118,7 +120,8 @@ def load_model(run: str | Path) -> nn.Module:
     Returns:
         The module; ``module.run_config`` holds the run's options as a mapping,
         ``module.label_names`` the class names by task. Its first argument, not a keyword, are
-        the inputs; images are given in fp32 from 0 to 1.
+        the inputs; images are given in fp32 from 0 to 1. A net of the user's own is looked for
+        by the path that the recipe gave, from the current folder.
 
     Raises:
         UserError: no trained model lies there, or its net cannot be built.
