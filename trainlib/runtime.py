@@ -9,6 +9,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -200,6 +201,8 @@ def run(main: Callable[[list[str]], None]) -> None:
             traceback.print_exc()
         elif is_first_process() or (code == UserError.exit_code and RunFolder.current):
             print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        else:
+            time.sleep(3)  # the launcher ends all when one ends: the first has yet to speak
     folder = RunFolder.current
     if folder is not None and reason is not None:
         folder.at_exit()

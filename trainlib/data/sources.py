@@ -170,6 +170,8 @@ def _split_tables(
         held = f"validation from {other_where}"
     shown = ", ".join(inputs[:5]) + (f" and {len(inputs) - 5} more" if len(inputs) > 5 else "")
     shown += f"; target {', '.join(targets)}"
+    unused = [f"{name} ({kind})" for name, kind in kinds.items() if name not in [*inputs, *targets]]
+    shown += f"; not used: {', '.join(unused)}" if unused else ""
     return Parts(*parts, {each.column: each.names for each in labels},
                  f"{where}: {len(train):,} rows, {held}; input {shown}")
 
