@@ -287,3 +287,13 @@ def test_frozen_layers_still_count():
     [scale] = {g["lr_scale"] for g in optim.build_optimizer(
         OptimOptions(layer_decay=0.5), model).param_groups}
     assert scale == 0.5
+
+
+def test_an_optimizer_of_the_users_own_that_raises_is_told_with_its_place(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from torch.optim import SGD\n\nclass Broken(SGD):\n    def __init__(self, params, lr, "
+        "weight_decay=0.0):\n        raise KeyError('gone')\n"
+    )
+    options = optim.OptimOptions(name=f"{tmp_path}/mine.py:Broken")
+    with pytest.raises(ValueError, match=r"KeyError: 'gone' \(mine.py, line 5: raise KeyError"):
+        optim.build_optimizer(options, torch.nn.Linear(2, 2))

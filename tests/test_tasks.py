@@ -123,6 +123,8 @@ def mean(output, target):
 
 def broken(output, target):
     return output / nothing
+
+number = 3
 """)
     output, target = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
     own = build(loss=f"{file}:smooth", loss_args={"amount": 0.2})
@@ -130,6 +132,7 @@ def broken(output, target):
     assert own.losses(output, {"digit": target}).equal(builtin.losses(output, {"digit": target}))
     for name, message in (("mean", r"returns \[\] for two items; return one loss an item"),
                           ("broken", "NameError: name 'nothing' is not defined .my_loss.py, line"),
+                          ("number", "this is a int; give a function"),
                           ("smoth", "has no 'smoth'; it has smooth, mean, broken")):
         with pytest.raises(ValueError, match=message):
             build(loss=f"{file}:{name}")
