@@ -23,7 +23,7 @@ from trainlib.checkpoint import export
 from trainlib.config import Options, read, recipe_name, to_yaml
 from trainlib.data import BatchOptions, DataOptions
 from trainlib.ema import Ema
-from trainlib.evaluate import evaluate, inspect_step, try_model
+from trainlib.evaluate import evaluate, inspect_step, model_arguments, try_model
 from trainlib.gradients import StepSums
 from trainlib.guard import Guard, Readback
 from trainlib.models import ModelOptions
@@ -66,11 +66,14 @@ def main(arguments: list[str]) -> None:
     # ---- data and tasks ----
     source = data.open_source(options.data)
     task_options = tasks.resolve(options.tasks, source.target_candidates, source.columns)
-    dataset = data.load(source, options.data, [task.target for task in task_options.values()])
-    example, num_samples = dataset.example(), len(dataset.train)
-    augment = data.build_augment(options.data.augment, example)
-    task_list = tasks.build_tasks(task_options, dataset.label_names)
-    lower_is_better = check_monitor(options.loop.monitor, tasks.metric_names(task_list))
+    dataset = data.load(source, options.data, task_options)
+    example, example_targets = dataset.example()
+    num_samples = len(dataset.train)
+    task_list = tasks.build_tasks(task_options, dataset.targets)
+    augment = data.build_augment(options.data.augment, example, task_options)
+    monitor = options.loop.monitor or tasks.default_monitor(task_list)
+    shown = tasks.headline(task_list)
+    lower_is_better = check_monitor(monitor, tasks.metric_names(task_list))
     total_steps, eval_every, warmup_steps = plan_steps(
         options.loop, options.schedule.warmup, num_samples, batch.global_size
     )
@@ -80,20 +83,25 @@ def main(arguments: list[str]) -> None:
 
     # ---- model and optimizer ----
     model_options = models.complete(
-        options.model, tuple(example.shape[1:]), len(task_list[0].label_names)
+        options.model, tuple(example.shape[1:]), tasks.num_outputs(task_list), dataset.vocab_size,
+        dataset.pad_id,
     )
     torch.manual_seed(options.seed)
     module = models.build_model(model_options, dataset.mean, dataset.deviation)
     notes = models.start_weights(module, options.model.init_from, options.model.freeze)
     smallest = batch.global_size % batch.micro_size or batch.micro_size
-    try_model(module, example[:smallest], task_list)
+    some_targets = {name: target[:smallest] for name, target in example_targets.items()}
+    try_model(module, example[:smallest], some_targets, task_list)
     module.to(device)
     optimizer = optim.build_optimizer(options.optim, module)
 
     # ---- run folder: nothing is written before everything above has been accepted ----
     run_dir = Path(options.run_dir or f"runs/{recipe_name(arguments)}")
-    config = to_yaml(options.model_copy(update={"model": model_options, "tasks": task_options}))
-    label_names = {task.name: task.label_names for task in task_list}
+    config = to_yaml(options.model_copy(update={
+        "model": model_options, "tasks": task_options,
+        "loop": options.loop.model_copy(update={"monitor": monitor}),
+    }))
+    labels = tasks.labels(task_list)
     folder = runtime.RunFolder(run_dir, accelerator, config)
     run_log = RunLog(
         accelerator, run_dir, options.log, config, total_steps, batch.global_size, num_samples
@@ -123,7 +131,8 @@ def main(arguments: list[str]) -> None:
         batch.global_size, batch.micro_size, accelerator.process_index, world_size
     )
     batch_plan = plan.BatchPlan(num_samples, batch.global_size, options.seed)
-    reader = data.Reader(dataset.train, batch_plan, assignments, device)
+    items = {task.name: task.items(dataset.train.num_valid[task.name]) for task in task_list}
+    reader = data.Reader(dataset.train, batch_plan, assignments, device, items)
     validation = data.EvalReader(
         dataset.validation, batch.eval_size, accelerator.process_index, world_size, device
     )
@@ -137,6 +146,7 @@ def main(arguments: list[str]) -> None:
         run_dir / "bad_steps.jsonl" if accelerator.is_main_process else None,
         lambda step: inspect_step(module, reader, task_list, step),
     )
+    arguments = model_arguments(module, task_list)
     readback = Readback(device)
     state = Progress()
     best_results = {}
@@ -147,16 +157,16 @@ def main(arguments: list[str]) -> None:
             options.schedule.final_fraction, **schedule_args,
         )
 
-    def objective(output, targets, mix):
-        """The micro-batch's share of the step's loss, and each task's sum of losses."""
+    def objective(output, targets, item_counts, mix):
+        """The micro-batch's share of the step's loss, and of each task's mean loss."""
         # Divided by the count of the whole global batch: sums add up over micro-batches and
-        # processes, means of means do not.
-        loss_sums = [task.losses(output, targets, mix).sum() for task in task_list]
+        # processes, means of means do not. A task without a target in this step adds 0.
         shares = [
-            loss_sum * (task.weight / batch.global_size)
-            for task, loss_sum in zip(task_list, loss_sums, strict=True)
+            task.losses(output, targets, mix).sum() / max(item_counts[task.name], 1)
+            for task in task_list
         ]
-        return sum(shares[1:], start=shares[0]), loss_sums
+        weighted = [task.weight * share for task, share in zip(task_list, shares, strict=True)]
+        return sum(weighted[1:], start=weighted[0]), shares
 
     # ---- loop ----
     # twin loop: begin
@@ -165,20 +175,21 @@ def main(arguments: list[str]) -> None:
         # twin step: begin
         step = state.step
         lr = optim.set_learning_rate(optimizer, options.optim.lr * peak_share(step))
+        item_counts = reader.item_counts(step)
         sums.clear()
         batch_statistics.begin()
         for micro_batch in reader.take(step):
             seed_generators(plan.forward_seed(options.seed, step, micro_batch.number))
             inputs, mix = augment(micro_batch.inputs)
             with sums.no_sync(micro_batch.is_last):
-                output = model(inputs)
-                loss, loss_sums = objective(output, micro_batch.targets, mix)
+                output = model(inputs, **arguments(micro_batch.targets))
+                loss, shares = objective(output, micro_batch.targets, item_counts, mix)
                 accelerator.backward(sums.scaled(loss, micro_batch.is_real))
             sums.add_gradients(micro_batch.is_real)
-            sums.add("loss", loss_sums, micro_batch.is_real)
+            sums.add("loss", shares, micro_batch.is_real)
             batch_statistics.add_to(sums["batch_norm"], micro_batch.is_real)
         sums.reduce()
-        mean_losses = sums["loss"] / batch.global_size
+        mean_losses = sums["loss"].clone()
         grad_norm = accelerator.clip_grad_norm_(parameters, max_grad_norm)
         if max_grad_value is not None:
             torch.nn.utils.clip_grad_value_(parameters, max_grad_value)
@@ -208,24 +219,24 @@ def main(arguments: list[str]) -> None:
             with averaged():
                 results = evaluate(module, validation, task_list, accelerator)
                 metrics = tasks.logged_metrics(task_list, results)
-                improved = state.observe(metrics[options.loop.monitor], lower_is_better)
+                improved = state.observe(metrics[monitor], lower_is_better)
                 if improved:
                     best_results = results
                     if accelerator.is_main_process:
-                        export(run_dir / "best", module, config, label_names, results)
+                        export(run_dir / "best", module, config, labels, results)
             if options.schedule.name == "plateau":
                 state.reduce_on_plateau(
-                    metrics[options.loop.monitor], lower_is_better,
+                    metrics[monitor], lower_is_better,
                     options.schedule.final_fraction, **schedule_args,
                 )
-            run_log.evaluation(state.step, metrics, improved, time.perf_counter() - started)
+            run_log.evaluation(state.step, metrics, shown, improved, time.perf_counter() - started)
             is_stopped = state.is_out_of_patience(options.loop.patience)
     # twin loop: end
 
     # ---- end ----
     if accelerator.is_main_process:
         with averaged():
-            export(run_dir / "final", module, config, label_names, results)
+            export(run_dir / "final", module, config, labels, results)
     run_log.close()
     for task in task_list:
         if best_results:
@@ -233,13 +244,13 @@ def main(arguments: list[str]) -> None:
                         + task.report(best_results[task.name]))
     if state.step < total_steps:
         run_log.say(f"\nstopped early at step {state.step} of {total_steps}: "
-                    f"{options.loop.monitor} has not improved {options.loop.patience} times in a "
+                    f"{monitor} has not improved {options.loop.patience} times in a "
                     f"row. The best weights, of step {state.best_step}, are the result.")
     if not best_results:
-        run_log.say(f"\nno evaluation gave a finite {options.loop.monitor}: there is no best/")
+        run_log.say(f"\nno evaluation gave a finite {monitor}: there is no best/")
     else:
         run_log.say(
-            f"\n{run_dir}: best/ holds the weights with the best {options.loop.monitor} "
+            f"\n{run_dir}: best/ holds the weights with the best {monitor} "
             f"({state.best_value:.6g}, step {state.best_step}), final/ those at the end. Load them "
             f'with trainlib.models.load_model("{run_dir}").'
         )

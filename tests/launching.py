@@ -9,14 +9,17 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 from trainlib import data
+from trainlib.tasks import TaskOptions
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def load(*targets: str, **options) -> data.Dataset:
-    """A data set as the script loads it; without options, the digits."""
+def load(*targets: str, tasks: dict[str, TaskOptions] | None = None, **options) -> data.Dataset:
+    """A data set as the script loads it, with a classification of each target, or with tasks;
+    without options, the digits."""
     chosen = data.DataOptions(**options)
-    return data.load(data.open_source(chosen), chosen, targets or ["digit"])
+    wanted = tasks or {target: TaskOptions(target=target) for target in targets or ["digit"]}
+    return data.load(data.open_source(chosen), chosen, wanted)
 
 
 def launch(

@@ -10,7 +10,7 @@ from torch import nn
 
 
 def export(
-    folder: Path, model: nn.Module, config: str, label_names: dict[str, list[str]],
+    folder: Path, model: nn.Module, config: str, labels: dict[str, list[str] | dict],
     results: dict[str, dict],
 ) -> None:
     """Writes what ``load_model`` needs and how good it is; complete, it replaces an earlier one.
@@ -19,7 +19,7 @@ def export(
         folder: ``best/`` or ``final/`` of a run.
         model: the module inside any wrapper.
         config: the resolved options as YAML.
-        label_names: class names by task.
+        labels: by task, the names of classes, or what undoes a regression's scale.
         results: the last evaluation by task, for ``evaluation.json``.
     """
     new, old = (folder.with_name(f".{state}_{folder.name}") for state in ("new", "old"))
@@ -28,7 +28,7 @@ def export(
     new.mkdir(parents=True)
     save_model(model, str(new / "model.safetensors"))
     (new / "config.yaml").write_text(config, encoding="utf-8")
-    (new / "labels.json").write_text(json.dumps(label_names, indent=1) + "\n", encoding="utf-8")
+    (new / "labels.json").write_text(json.dumps(labels, indent=1) + "\n", encoding="utf-8")
     (new / "evaluation.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     if folder.exists():
         os.rename(folder, old)

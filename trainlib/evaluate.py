@@ -1,14 +1,15 @@
 """One exact pass over a data set.
 
 Batch ``j`` runs on process ``j % world_size``, so every batch has the same shape and content on
-any number of processes. Added up over processes are counts and the loss sum of each batch, in a
-slot of its own: every slot has one non-zero addend, so no order of addition shows. No sample is
+any number of processes. Added up over processes are counts, and the sums of each batch in a slot
+of their own: every slot has one non-zero addend, so no order of addition shows. No sample is
 padded, repeated or dropped, and nothing here changes the model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
@@ -39,21 +40,37 @@ def evaluate(
     """
     device = accelerator.device
     zeros = partial(torch.zeros, dtype=sum_dtype(device), device=device)
-    loss_sums = [zeros(reader.num_batches) for _ in tasks]
-    counts = [zeros(task.counts_size) for task in tasks]
+    counts = [zeros(task.num_counts) for task in tasks]
+    sums = [zeros(reader.num_batches, task.num_sums) for task in tasks]
+    arguments = model_arguments(model, tasks)
     with eval_mode(model):
         for number, inputs, targets in reader:
-            output = model(inputs)
-            for task, task_sums, task_counts in zip(tasks, loss_sums, counts, strict=True):
-                task_sums[number] = task.losses(output, targets).to(task_sums.dtype).sum()
-                task_counts += task.counts(output, targets)
+            output = model(inputs, **arguments(targets))
+            for task, task_counts, task_sums in zip(tasks, counts, sums, strict=True):
+                batch_counts, task_sums[number] = task.statistics(output, targets)
+                task_counts += batch_counts
     if accelerator.num_processes > 1:
-        for total in [*loss_sums, *counts]:
+        for total in [*counts, *sums]:
             torch.distributed.all_reduce(total)
     return {
-        task.name: task.result(task_sums.sum().item(), task_counts)
-        for task, task_sums, task_counts in zip(tasks, loss_sums, counts, strict=True)
+        task.name: task.result(task_counts, task_sums.sum(0))
+        for task, task_counts, task_sums in zip(tasks, counts, sums, strict=True)
     }
+
+
+def model_arguments(
+    model: nn.Module, tasks: list[Task]
+) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+    """From targets to what the model is given besides the inputs.
+
+    A model whose ``forward`` takes ``targets`` gets those of a job of language modelling with the
+    plain cross entropy, and may return {"losses": [batch, tokens]} without ever holding logits.
+    """
+    name = tasks[0].name
+    if len(tasks) == 1 and tasks[0].may_fuse:
+        if "targets" in inspect.signature(model.forward).parameters:
+            return lambda targets: {"targets": targets[name]}
+    return lambda targets: {}
 
 
 @contextmanager
@@ -68,33 +85,41 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = was_training
 
 
-def try_model(model: nn.Module, inputs: Tensor, tasks: list[Task]) -> None:
+def try_model(
+    model: nn.Module, inputs: Tensor, targets: dict[str, Tensor], tasks: list[Task]
+) -> None:
     """Runs the model forward, and in training backward, before anything is written.
 
     Buffers, gradients and torch's generator are afterwards what they were.
 
     Args:
         model: on the CPU; in evaluation it is tried first.
-        inputs: as many samples as the smallest micro-batch has, or a few.
+        inputs, targets: as many samples as the smallest micro-batch has, or a few.
 
     Raises:
         UserError: the model cannot take the inputs, or its output does not fit a task.
     """
     def attempt(what: str, is_training: bool) -> None:
         try:
-            output = model(inputs)
+            output = model(inputs, **arguments(targets))
         except Exception as error:  # whatever a net of the user's own raises
             raise UserError(f"the model cannot take inputs of shape {tuple(inputs.shape)}{what}: "
                             f"{describe_error(error)}") from error
         for task in tasks:
-            task.check_output(output, len(inputs))
+            task.check_output(output, targets, [task.name for task in tasks])
+        try:
+            losses = [task.losses(output, targets) for task in tasks]
+        except Exception as error:  # whatever a loss of the user's own raises
+            raise UserError(f"the loss cannot take the model's output{what}: "
+                            f"{describe_error(error)}") from error
         if is_training:
             try:
-                sum(task.output(output).float().sum() for task in tasks).backward()
+                sum(loss.sum() for loss in losses).backward()
             except Exception as error:
                 raise UserError(f"the model has no backward pass: {describe_error(error)}"
                                 ) from error
 
+    arguments = model_arguments(model, tasks)
     with eval_mode(model), torch.no_grad():
         attempt("", False)
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
@@ -114,10 +139,11 @@ def inspect_step(model: nn.Module, reader: Reader, tasks: list[Task], step: int)
     """
     rows, suspects = reader.rows(step), []
     one_by_one = reader.plan.samples(step)[:, None]
+    arguments = model_arguments(model, tasks)
     with eval_mode(model):
         batches = reader.split.batches(one_by_one, reader.device)
         for row, (inputs, targets) in zip(rows, batches, strict=True):
-            output = model(inputs)
+            output = model(inputs, **arguments(targets))
             if not all(task.losses(output, targets).isfinite().all() for task in tasks):
                 suspects.append(row)
     return {"suspects": suspects, "rows": rows}

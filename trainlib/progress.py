@@ -9,6 +9,7 @@ from pydantic import AfterValidator, Field
 from trainlib.config import Options, UserError, nearest
 from trainlib.schedule import check_duration, duration_steps
 
+_LOWER_IS_BETTER = ("loss", "mae", "rmse", "perplexity", "bits_per_byte", "calibration_error")
 Duration = Annotated[str, AfterValidator(check_duration)]
 
 
@@ -17,8 +18,9 @@ class LoopOptions(Options):
     """Length of the run, as "20 epochs" or "500 steps"."""
     eval_every: Duration = "5%"
     """Time between evaluations, as "1 epoch", "100 steps" or "5%" of the run; also at the end."""
-    monitor: str = "eval/accuracy"
-    """The logged key that decides which weights are best; less is better for a loss."""
+    monitor: str | None = None
+    """The logged key that decides which weights are best; none: of a single task its accuracy,
+    micro_f1 or miou, if it has one, else eval/loss."""
     patience: int | None = Field(None, ge=1)
     """Stop after so many evaluations without a new best; none: never."""
 
@@ -90,7 +92,7 @@ def check_monitor(monitor: str, names: list[str]) -> bool:
     """
     if monitor not in names:
         raise UserError(f"loop.monitor: unknown key {monitor!r}{nearest(monitor, names)}")
-    return monitor.endswith("loss")
+    return monitor.rsplit("/")[-1] in _LOWER_IS_BETTER
 
 
 def plan_steps(

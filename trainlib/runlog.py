@@ -103,19 +103,20 @@ class RunLog:
             self._bar.update(step - self._bar.n)
 
     def evaluation(
-        self, step: int, metrics: dict[str, float], is_best: bool, seconds: float
+        self, step: int, metrics: dict[str, float], shown: list[str], is_best: bool, seconds: float
     ) -> None:
         """Records an evaluation and prints its line.
 
         Args:
+            shown: the metrics that are printed.
             seconds: what it took, kept out of the training speed.
         """
         if not self.is_main:
             return
         self._last = (self._last[0], self._last[1] + seconds)
         self._write(step, metrics)
-        shown = {"train/loss": self._train_loss} | metrics
-        numbers = "  ".join(f"{k} {v:.4f}" for k, v in shown.items() if "macro" not in k)
+        numbers = {"train/loss": self._train_loss} | {name: metrics[name] for name in shown}
+        numbers = "  ".join(f"{name} {value:.4f}" for name, value in numbers.items())
         self.say(f"step {step:>{len(str(self.total_steps))}}/{self.total_steps}  "
                  f"epoch {step * self.epochs_per_step:.2f}  {numbers}{'  best' if is_best else ''}")
 

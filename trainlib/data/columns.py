@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from trainlib.config import UserError, nearest
+from trainlib.losses import IGNORED
 
 if TYPE_CHECKING:
     import datasets
@@ -49,9 +50,15 @@ def kinds_of(table: datasets.Dataset) -> dict[str, str]:
             for name, feature in table.features.items()}
 
 
-def target_candidates(kinds: dict[str, str], chosen_inputs: Sequence[str]) -> list[str]:
-    """The columns that could be the only target: class labels, else texts and integers."""
-    for wanted in ((CLASS,), (TEXT, INTEGER)):
+def target_candidates(
+    kinds: dict[str, str], chosen_inputs: Sequence[str], reads_text: bool
+) -> list[str]:
+    """The columns that could be the only target: class labels, else texts and integers.
+
+    Args:
+        reads_text: whether a text is the input; then it is a target only if nothing else is.
+    """
+    for wanted in ((CLASS,), *([(INTEGER,)] if reads_text else []), (TEXT, INTEGER)):
         found = [name for name, kind in kinds.items()
                  if kind in wanted and name not in chosen_inputs]
         if found:
@@ -60,19 +67,20 @@ def target_candidates(kinds: dict[str, str], chosen_inputs: Sequence[str]) -> li
 
 
 def input_columns(
-    kinds: dict[str, str], given: str | list[str] | None, targets: Sequence[str]
+    kinds: dict[str, str], given: str | list[str] | None, targets: Sequence[str], reads_text: bool
 ) -> list[str]:
     """The columns that the model sees.
 
     Args:
         given: as ``data.input``.
+        reads_text: whether there is a tokenizer, so that a text is the first choice.
 
     Raises:
         UserError: an unknown, unfit or ambiguous column, with the candidates.
     """
     listed = ", ".join(f"{name} ({kind})" for name, kind in kinds.items())
     if given is None:
-        for wanted in (IMAGE, LIST):
+        for wanted in (*([TEXT] if reads_text else []), IMAGE, LIST):
             found = [name for name, kind in kinds.items() if kind == wanted and name not in targets]
             if len(found) > 1:
                 raise UserError(f"data.input: several columns could be the input: "
@@ -82,8 +90,9 @@ def input_columns(
         found = [name for name, kind in kinds.items()
                  if kind in (INTEGER, NUMBER) and name not in targets]
         if not found:
+            hint = "; a text needs --data.tokenizer" if TEXT in kinds.values() else ""
             raise UserError(f"data.input: no column of images or numbers besides the target; the "
-                            f"source has {listed}")
+                            f"source has {listed}{hint}")
         return found
     names = [given] if isinstance(given, str) else given
     for name in names:
@@ -91,11 +100,14 @@ def input_columns(
             raise UserError(f"data.input: no column {name!r}{nearest(name, kinds)}")
         if name in targets:
             raise UserError(f"data.input: {name!r} is the target, the model must not see it")
-        fit = (INTEGER, NUMBER) if len(names) > 1 else (IMAGE, LIST, INTEGER, NUMBER)
+        fit = (INTEGER, NUMBER) if len(names) > 1 else (IMAGE, LIST, TEXT, INTEGER, NUMBER)
         if kinds[name] not in fit:
             raise UserError(f"data.input: {name!r} holds {kinds[name]} values; an input is one "
-                            f"column of images or lists of numbers, or columns of numbers; the "
-                            f"source has {listed}")
+                            f"column of images, lists of numbers or text, or columns of numbers; "
+                            f"the source has {listed}")
+        if kinds[name] == TEXT and not reads_text:
+            raise UserError(f"data.input: {name!r} holds text, which needs a tokenizer: "
+                            "--data.tokenizer bytes, or the id or folder of a Hugging Face one")
     if not names or len(set(names)) < len(names):
         raise UserError(f"data.input: needs one or more columns, each once; got {names}")
     return names
@@ -132,61 +144,100 @@ class Labels(NamedTuple):
     numbers_of: dict
     """The class number of each value that the training split has; a class label's value is its
     name, so that tables which number the same classes otherwise fit together."""
+    ignored: int | None
+    may_miss: bool
 
     def numbers(self, table: datasets.Dataset, where: str) -> Tensor:
-        """[rows] int64 class numbers of a table.
+        """[rows] int64 class numbers of a table, IGNORED where the target is missing.
 
         Raises:
             UserError: missing values, or values that are no class; with how many and the first row.
         """
-        codes, values = _encode(table, self.column, where)
-        numbers = np.array([self.numbers_of.get(value, -1) for value in values], np.int64)[codes]
-        unknown = np.unique(codes[numbers < 0])
+        codes, values = _encode(table, self.column, where, self.ignored, self.may_miss)
+        # The last entry is that of the code -1.
+        numbers = np.array([*(self.numbers_of.get(v, -1) for v in values), IGNORED])[codes]
+        unknown = np.unique(codes[numbers == -1])
         shown = ", ".join(repr(values[code]) for code in unknown[:5])
-        _refuse(numbers < 0, where,
-                f"{self.column!r} has values that the training split does not have ({shown})")
+        refuse(numbers == -1, where,
+               f"{self.column!r} has values that the training split does not have ({shown})")
         return torch.from_numpy(numbers)
 
 
-def read_labels(table: datasets.Dataset, column: str, kind: str, where: str) -> Labels:
+def read_labels(
+    table: datasets.Dataset, column: str, kind: str, where: str, ignored: int | None = None,
+    may_miss: bool = False,
+) -> Labels:
     """The classes of a target column, in the order that is declared, else in ascending order.
+
+    Args:
+        ignored: the number that means that the target is missing, besides null, NaN and, in a
+            column of class labels, -1.
+        may_miss: whether rows without a target are counted out; otherwise they are refused.
 
     Raises:
         UserError: the column holds something else than classes, or one class only.
     """
     if kind == NUMBER:  # what a file's reader makes of integers with gaps, too
-        _refuse(read_column(table, column).is_null(), where, f"the target {column!r} is missing")
+        is_missing = _is_missing(table, column)
+        if not may_miss:
+            refuse(is_missing, where, f"the target {column!r} is missing")
+        present = read_floats(table, column)[~is_missing]
+        if may_miss and is_missing.any() and (present == np.floor(present)).all():
+            kind = INTEGER
     if kind not in (CLASS, TEXT, INTEGER):
         raise UserError(
             f"{where}: {column!r} holds {kind} values; the target of a classification holds class "
             "labels, strings or integers"
         )
-    codes, values = _encode(table, column, where)
-    present = {values[code] for code in np.unique(codes)}
+    codes, values = _encode(table, column, where, ignored, may_miss)
+    present = {values[code] for code in np.unique(codes[codes >= 0])}
     if len(present) < 2:
         raise UserError(f"{where}: {column!r} has one class only ({', '.join(map(str, present))}); "
                         "a classification needs two or more")
-    names = values if kind == CLASS else sorted(values)
+    names = values if kind == CLASS else sorted(present)
     numbers_of = {value: number for number, value in enumerate(names) if value in present}
-    return Labels(column, [str(name) for name in names], numbers_of)
+    return Labels(column, [str(name) for name in names], numbers_of, ignored, may_miss)
 
 
-def _encode(table: datasets.Dataset, name: str, where: str) -> tuple[np.ndarray, list]:
-    """[rows] places of a target's values in the list of distinct ones, which comes second."""
-    column = read_column(table, name)
-    _refuse(column.is_null(), where, f"the target {name!r} is missing")
-    names = getattr(table.features[name], "names", None)
+def _encode(
+    table: datasets.Dataset, name: str, where: str, ignored: int | None, may_miss: bool
+) -> tuple[np.ndarray, list]:
+    """[rows] places of a target's values in the list of distinct ones, which comes second.
+
+    The place of a missing value is -1.
+    """
+    is_missing = _is_missing(table, name)
+    if not may_miss:
+        refuse(is_missing, where, f"the target {name!r} is missing")
+    names, column = getattr(table.features[name], "names", None), read_column(table, name)
     if names is None:
         encoded = column.dictionary_encode()
-        return encoded.indices.to_numpy(zero_copy_only=False), encoded.dictionary.to_pylist()
-    codes = column.to_numpy(zero_copy_only=False)
-    _refuse(codes == -1, where, f"the target {name!r} is missing (-1)")
-    _refuse((codes < 0) | (codes >= len(names)), where,
-            f"labels of {name!r} outside 0..{len(names) - 1}")
+        codes = encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
+        # Whole numbers with gaps are read as fractions.
+        values = [int(value) if isinstance(value, float) and value.is_integer() else value
+                  for value in encoded.dictionary.to_pylist()]
+        is_missing = is_missing | np.array([*(v == ignored for v in values), False])[codes]
+        return np.where(is_missing, -1, codes), values
+    codes = column.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
+    if not may_miss and ignored != -1:
+        refuse(codes == -1, where, f"the target {name!r} is missing (-1)")
+    codes[codes == (-1 if ignored is None else ignored)] = -1
+    refuse((codes < -1) | (codes >= len(names)), where,
+           f"labels of {name!r} outside 0..{len(names) - 1}")
     return codes, list(names)
 
 
-def _refuse(bad: object, where: str, what: str) -> None:
+def _is_missing(table: datasets.Dataset, name: str) -> np.ndarray:
+    """[rows] bool: null or NaN."""
+    return np.asarray(read_column(table, name).is_null(nan_is_null=True))
+
+
+def read_floats(table: datasets.Dataset, name: str) -> np.ndarray:
+    """[rows] float64 of a column of numbers, NaN where they are missing."""
+    return read_column(table, name).cast("float64", safe=False).to_numpy(zero_copy_only=False)
+
+
+def refuse(bad: object, where: str, what: str) -> None:
     """Raises UserError if any row is bad, with how many and the first."""
     rows = np.flatnonzero(np.asarray(bad))
     if len(rows):

@@ -105,6 +105,10 @@ class ImageDecoder:
                       else " ".join(str(error).split()))
             raise UserError(f"{place}: not an image that can be decoded ({reason}); mend or remove "
                             "it") from error
+        self._check(image, place)
+        return image
+
+    def _check(self, image: PIL.Image.Image, place: str) -> None:
         if image.mode[0] in "IF":
             raise UserError(f"{place}: pixels of mode {image.mode} have more than 8 bits a "
                             "channel; convert the images to 8 bits")
@@ -115,7 +119,6 @@ class ImageDecoder:
             height, width = self.size
             raise UserError(f"{place}: {image.height}x{image.width} pixels, the first image has "
                             f"{height}x{width}; bring all to one size with --data.image_size")
-        return image
 
     def _pixels(self, encoded: dict | bytes | None, row: int) -> np.ndarray:
         from PIL import Image, ImageOps
@@ -127,6 +130,37 @@ class ImageDecoder:
         if (image.height, image.width) != self.size:
             image = ImageOps.fit(image, self.size[::-1], Image.Resampling.BILINEAR)
         return np.asarray(image)
+
+
+class MaskDecoder(ImageDecoder):
+    """A column of images of class numbers, to [rows, height, width] uint8."""
+
+    def __call__(self, rows: np.ndarray) -> Tensor:
+        return super().__call__(rows).squeeze(1)
+
+    def _check(self, image: PIL.Image.Image, place: str) -> None:
+        if image.mode not in ("1", "L", "P", "I", "I;16"):
+            raise UserError(f"{place}: {self.column!r} has an image of mode {image.mode}; a mask "
+                            "holds one class number a pixel: grey, a palette or integers")
+        if self.must_fit and (image.height, image.width) != self.size:
+            height, width = self.size
+            raise UserError(f"{place}: the mask has {image.height}x{image.width} pixels, the first "
+                            f"one {height}x{width}; bring images and masks to one size with "
+                            "--data.image_size")
+
+    def _pixels(self, encoded: dict | bytes | None, row: int) -> np.ndarray:
+        from PIL import Image, ImageOps
+
+        image = self._open(encoded, row)
+        if image.mode == "I;16":  # which Pillow cannot scale
+            image = image.convert("I")
+        if (image.height, image.width) != self.size:
+            image = ImageOps.fit(image, self.size[::-1], Image.Resampling.NEAREST)
+        numbers = np.asarray(image)  # of a palette, too: its places
+        if numbers.dtype != np.uint8 and not 0 <= numbers.min() <= numbers.max() <= 255:
+            raise UserError(f"{self.where}, row {row}: class numbers of a mask lie in 0..255, this "
+                            f"one has {numbers.min()}..{numbers.max()}")
+        return numbers.astype(np.uint8)
 
 
 class NumberDecoder:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import psutil
@@ -14,22 +15,29 @@ from tqdm import tqdm
 
 from trainlib.augment import Augment
 from trainlib.config import UserError, is_first_process
+from trainlib.data.masks import Masks, check_sizes
 from trainlib.data.options import AugmentOptions, DataOptions
+from trainlib.data.parts import Part
 from trainlib.data.reading import SHARE_OF_MEMORY, Split, decoded, model_inputs
-from trainlib.data.sources import Part, Source
+from trainlib.data.sources import Source
+from trainlib.data.targets import TargetInfo, check_shared_rows, count_valid
 from trainlib.user_code import describe_error, import_object
 
+if TYPE_CHECKING:
+    from trainlib.tasks import TaskOptions
+
+_MOVES_PIXELS = ("rotation", "function", "cutmix")  # flip and crop take the masks along
 _CHUNK_BYTES = 2**22  # of inputs that a worker decodes at a time; a few chunks wait in memory
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A training and a validation split, the names of their classes, and the inputs' scale."""
+    """A training and a validation split, what is known of their targets, and the inputs' scale."""
 
     train: Split
     validation: Split
-    label_names: dict[str, list[str]]
-    """By target column."""
+    targets: dict[str, TargetInfo]
+    """By task."""
     mean: Tensor | None
     """Of the training inputs as the model is given them, for each entry of a sample's first
     dimension: [channels, 1, 1] for images, [columns] for numbers; none: inputs stay as they are."""
@@ -37,41 +45,81 @@ class Dataset:
     """As ``mean``; 1 where the inputs are constant."""
     description: str
     """What was read and how, for the log."""
+    vocab_size: int | None = None
+    """Of inputs that are tokens: one more than the largest there can be."""
+    pad_id: int | None = None
 
-    def example(self) -> Tensor:
-        """Inputs of a training sample or two, as a model is given them."""
-        return model_inputs(self.train.read(np.arange(min(2, len(self.train)))))
+    @property
+    def label_names(self) -> dict[str, list[str]]:
+        """By task."""
+        return {name: target.label_names for name, target in self.targets.items()}
+
+    def example(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """Inputs and targets of a training sample or two, as model and tasks are given them."""
+        inputs, targets = self.train.read(np.arange(min(2, len(self.train))))
+        return model_inputs(inputs), self.train.task_targets(targets)
 
 
-def load(source: Source, options: DataOptions, targets: Iterable[str]) -> Dataset:
-    """Both splits of a source, checked and measured in one pass over the training split.
+def load(source: Source, options: DataOptions, tasks: Mapping[str, TaskOptions]) -> Dataset:
+    """Both splits of a source, checked and measured in one pass over each.
 
     Raises:
         UserError: what cannot be decoded or trained on, with the file or row.
     """
-    parts = source.split(list(targets))
+    parts = source.split(tasks)
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # on this machine
     workers = max(1, _num_cores() // processes) if options.workers is None else options.workers
-    first = parts.train.decode(parts.train.rows[:1])
-    size = first.nbytes * (len(parts.train.rows) + len(parts.validation.rows))
+    train, validation = parts.train, parts.validation
+    first, first_targets = next(decoded(train.decode, [train.rows[:1]], 0, False,
+                                        train.target_decoders))
+    size = sum(t.nbytes for t in (first, *first_targets.values()))
+    size *= len(train.rows) + len(validation.rows)
     in_memory = options.in_memory
     if in_memory == "auto":
         in_memory = size <= SHARE_OF_MEMORY * psutil.virtual_memory().total / processes
-    moments = Moments() if options.normalize else None
-    # What is broken or missing is better told now than after hours.
-    reads = in_memory or moments is not None or first.is_floating_point()
-    train, validation = (
-        _read(part, first, workers, in_memory, counts) if reads else
-        Split(None, part.targets, torch.from_numpy(part.rows), part.decode, workers)
-        for part, counts in ((parts.train, moments), (parts.validation, None))
-    )
+    is_text = parts.vocab_size is not None
+    moments = Moments() if options.normalize and not is_text else None
+    masks = {name: Masks(name, task.ignore_index, task.label_names or parts.targets[name].label_names)
+             for name, task in tasks.items() if task.kind == "segmentation"}
+    for name in masks:
+        check_sizes(name, tuple(first.shape), tuple(first_targets[name].shape), train.where)
+    # What is broken or missing is better told now than after hours; tokens have been looked at.
+    reads = in_memory or not is_text
+    largest = [0]
+    splits = []
+    for part, counts in ((train, moments), (validation, None)):
+        splits.append(
+            _read(part, first, workers, in_memory, counts, masks, largest) if reads else
+            Split(None, part.targets, torch.from_numpy(part.rows), part.decode,
+                  part.target_decoders, workers, num_valid=_num_valid(part, {}))
+        )
+        for seen in masks.values():
+            seen.close(part.where)
+    infos, classes = dict(parts.targets), {name: seen.classes for name, seen in masks.items()}
+    for name, seen in masks.items():
+        infos[name] = replace(infos[name], label_names=seen.label_names)
+    for name in infos:
+        misses = any((split.num_valid[name] == 0).any() for split in splits)
+        infos[name] = replace(infos[name], may_miss=misses)
+    splits = [replace(split, classes=classes) for split in splits]
+    check_shared_rows(splits[0].num_valid)
+    for split, what in zip(splits, ("training", "validation"), strict=True):
+        for name, counts in split.num_valid.items():
+            if not counts.any():
+                raise UserError(f"tasks.{name}: no {what} sample has this target")
     where = (f"in memory ({size / 2**20:,.1f} MiB)" if in_memory else
              f"read from disk by {workers} worker processes ({size / 2**20:,.1f} MiB decoded)")
     shape = "x".join(map(str, first.shape[1:]))
+    missing = [f"{int((counts == 0).sum()):,} training samples lack {name}"
+               for name, counts in splits[0].num_valid.items() if (counts == 0).any()]
+    vocab_size = parts.vocab_size
+    if vocab_size is None and not first.is_floating_point() and first.dtype != torch.uint8:
+        vocab_size = largest[0] + 1
     return Dataset(
-        train, validation, parts.label_names, *(moments.result() if moments else (None, None)),
-        f"data: {parts.description}; {len(train):,} training and {len(validation):,} validation "
-        f"samples of {shape} {where}",
+        *splits, infos, *(moments.result() if moments else (None, None)),
+        f"data: {parts.description}; {len(train.rows):,} training and {len(validation.rows):,} "
+        f"validation samples of {shape} {where}" + "".join(f"; {line}" for line in missing),
+        vocab_size, parts.pad_id,
     )
 
 
@@ -83,28 +131,41 @@ def _num_cores() -> int:
 
 
 def _read(
-    part: Part, first: Tensor, workers: int, in_memory: bool, moments: Moments | None
+    part: Part, first: Tensor, workers: int, in_memory: bool, moments: Moments | None,
+    masks: Mapping[str, Masks], largest: list[int],
 ) -> Split:
     """A part of a source, decoded and checked in one ordered pass.
 
     Args:
         first: [1, ...] inputs, which show shape and type of all.
         moments: takes all inputs in, if given.
+        masks: take all masks in.
+        largest: its one number is raised to the largest of inputs that are integers.
     """
-    inputs, bad_rows = None, []
+    inputs, targets, counts, bad_rows = None, {}, {name: [] for name in masks}, []
     if in_memory:
         inputs = torch.empty((len(part.rows), *first.shape[1:]), dtype=first.dtype)
     starts = range(0, len(part.rows), max(1, _CHUNK_BYTES // first.nbytes))
     chunks = np.split(part.rows, starts[1:])
     # Less than a chunk for each worker is sooner decoded here than the workers are started.
-    stream = decoded(part.decode, chunks, workers if len(chunks) > workers else 0)
+    stream = decoded(part.decode, chunks, workers if len(chunks) > workers else 0, False,
+                     part.target_decoders)
     progress = tqdm(total=len(part.rows), desc=f"reading {part.where}", unit=" rows", delay=2,
                     disable=None if is_first_process() else True, leave=False)
-    for chunk, start, rows in zip(stream, starts, chunks, strict=True):
+    for (chunk, chunk_targets), start, rows in zip(stream, starts, chunks, strict=True):
+        place = slice(start, start + len(rows))
+        for name, seen in masks.items():
+            counts[name].append(seen.add(chunk_targets[name], rows, part.where))
         if in_memory:
-            inputs[start : start + len(rows)] = chunk
+            inputs[place] = chunk
+            for name, chosen in chunk_targets.items():
+                if name not in targets:
+                    targets[name] = chosen.new_empty(len(part.rows), *chosen.shape[1:])
+                targets[name][place] = chosen
         if chunk.is_floating_point():
             bad_rows += rows[(~chunk.flatten(1).isfinite().all(1)).numpy()].tolist()
+        elif chunk.dtype != torch.uint8:
+            largest[0] = max(largest[0], int(chunk.max()))
         if moments:
             moments.add(chunk)
         progress.update(len(rows))
@@ -113,7 +174,16 @@ def _read(
         raise UserError(f"{part.where}: missing, NaN or infinite inputs in {len(bad_rows)} of "
                         f"{len(part.rows)} samples, first in row {bad_rows[0]}; mend or remove "
                         "these rows")
-    return Split(inputs, part.targets, torch.from_numpy(part.rows), part.decode, workers)
+    seen = {name: torch.cat(chunks) for name, chunks in counts.items()}
+    return Split(
+        inputs, part.targets | targets, torch.from_numpy(part.rows), part.decode,
+        {} if in_memory else part.target_decoders, workers, num_valid=_num_valid(part, seen),
+    )
+
+
+def _num_valid(part: Part, seen: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    known = {name: count_valid(values) for name, values in part.targets.items()}
+    return known | {name: counts[part.rows] for name, counts in part.num_valid.items()} | dict(seen)
 
 
 class Moments:
@@ -162,13 +232,21 @@ class Moments:
         return mean.float().view(self.shape), deviation.view(self.shape)
 
 
-def build_augment(options: AugmentOptions, example: Tensor) -> Augment:
+def build_augment(
+    options: AugmentOptions, example: Tensor, tasks: Mapping[str, TaskOptions]
+) -> Augment:
     """The augmentation that the options name, tried on some inputs.
 
     Raises:
-        UserError: an option does not fit the inputs, or the user's function cannot be had or fails.
+        UserError: an option does not fit the inputs or the tasks, or the user's function cannot be
+            had or fails.
     """
     given = options.model_dump()
+    for task in tasks.values():
+        for name in _MOVES_PIXELS:
+            if task.kind == "segmentation" and given[name]:
+                raise UserError(f"data.augment.{name}: moves or mixes pixels, but not those of the "
+                                "masks; leave it out")
     if options.function is not None:
         try:
             given["function"] = import_object(options.function)

@@ -35,16 +35,18 @@ class AugmentOptions(Options):
 
 class DataOptions(Options):
     source: str = "builtin:digits"
-    """Where the samples come from: builtin:digits; a parquet, csv, tsv, json or arrow file or glob;
-    a folder of images; a folder of save_to_disk; file.py:function that returns a datasets.Dataset
-    or DatasetDict; or the id of a data set on the Hugging Face Hub."""
+    """Where the samples come from: builtin:digits, digits_ink, diabetes or pydocs; a parquet, csv,
+    tsv, json, arrow or txt file or glob; a folder of images; a folder of save_to_disk;
+    file.py:function that returns a datasets.Dataset or DatasetDict; or the id of a data set on the
+    Hugging Face Hub."""
     revision: str | None = None
     """Branch, tag or commit of a data set on the Hub."""
     subset: str | None = None
     """Configuration of a data set on the Hub that has several."""
     input: str | list[str] | None = None
-    """The column of images or of lists of numbers, or the columns of numbers, that the model sees;
-    none: the only image or list column, else all columns of numbers but the targets."""
+    """The column of images, of lists of numbers or of text, or the columns of numbers, that the
+    model sees; none: with a tokenizer the only text column, else the only image or list column,
+    else all columns of numbers but the targets."""
     channels: Literal[1, 3] | None = None
     """Images in grey (1) or colour (3); none: as the first image of the training split."""
     image_size: int | list[int] | None = None
@@ -58,6 +60,14 @@ class DataOptions(Options):
     normalize: bool = True
     """Give the model inputs with mean 0 and deviation 1, by channel or column, as measured on the
     training split; without it integers in lists stay integers, such as token numbers."""
+    tokenizer: str | None = None
+    """What turns text into token numbers: bytes (built in, 256 of them), or a Hugging Face
+    tokenizer as a folder, a tokenizer.json or an id on the Hub."""
+    block_size: int = Field(256, ge=1)
+    """Tokens of a block of language modelling; of other texts at most so many, from the start."""
+    packing: bool = True
+    """Language modelling on blocks cut from all texts in a row; without it each text is one block,
+    cut or padded."""
     in_memory: Literal["auto", True, False] = "auto"
     """Decode everything once and keep it in memory; auto: if it fits in a quarter of it."""
     workers: int | None = Field(None, ge=0)

@@ -7,8 +7,8 @@ augmented or normalised here.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -29,89 +29,130 @@ class Split:
     """One split, in memory or behind a decoder."""
 
     inputs: Tensor | None
-    """[samples, ...] uint8 for images, else fp32 or int64; none: read from disk."""
+    """[samples, ...] uint8 for images, else fp32 or integers; none: read from disk."""
     targets: dict[str, Tensor]
-    """By column: [samples] int64 class numbers."""
+    """By task: [samples, ...] of those that are in memory."""
     rows: Tensor
     """[samples] int64: each sample's row in its source, for messages."""
     decode: Decoder | None = None
+    target_decoders: Mapping[str, Decoder] = field(default_factory=dict)
+    """By task: of targets that are read from disk along with the inputs."""
     workers: int = 0
     """Processes that decode, where the split is read from disk."""
+    classes: Mapping[str, Tensor] = field(default_factory=dict)
+    """By task with masks: [256] int64, the class number of each value, or IGNORED."""
+    num_valid: Mapping[str, Tensor] = field(default_factory=dict)
+    """By task: [samples] int64, how many entries of each sample's target are there."""
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def to(self, device: torch.device) -> Split:
         """The split with its tensors on a device, if they fit in a quarter of its free memory."""
-        inputs = self.inputs
-        if inputs is not None and device.type == "cuda":
+        tensors = [*self.targets.values(), *([] if self.inputs is None else [self.inputs])]
+        if device.type == "cuda":
             free = torch.cuda.mem_get_info(device)[0]
-            if inputs.numel() * inputs.element_size() > SHARE_OF_MEMORY * free:
+            if sum(map(_num_bytes, tensors)) > SHARE_OF_MEMORY * free:
                 return self
-        targets = {name: column.to(device) for name, column in self.targets.items()}
-        inputs = None if inputs is None else inputs.to(device)
-        return Split(inputs, targets, self.rows, self.decode, self.workers)
+
+        def move(stored: Tensor) -> Tensor:
+            is_double = stored.dtype == torch.float64 and device.type == "mps"  # it has none
+            return stored.to(device, torch.float32 if is_double else stored.dtype)
+
+        return replace(
+            self, inputs=None if self.inputs is None else move(self.inputs),
+            targets={name: move(stored) for name, stored in self.targets.items()},
+            classes={name: table.to(device) for name, table in self.classes.items()},
+        )
 
     def is_on(self, device: torch.device) -> bool:
         """Whether the inputs lie on a device, which Accelerate may name without its index."""
         return self.inputs is not None and self.inputs.device.type == device.type
 
-    def read(self, samples: np.ndarray) -> Tensor:
-        """The stored inputs of samples [n], decoded here and now if need be."""
+    def read(self, samples: np.ndarray) -> tuple[Tensor, dict[str, Tensor]]:
+        """The stored inputs and targets of samples [n], decoded here and now if need be."""
+        targets = self._in_memory(samples)
         if self.inputs is None:
-            return self.decode(self.rows.numpy()[samples])
-        return self.inputs[torch.from_numpy(samples).to(self.inputs.device)]
+            rows_of = _Rows(self.decode, self.target_decoders)
+            inputs, read = rows_of.read(self.rows.numpy()[samples])
+            return inputs, targets | read
+        return self.inputs[torch.from_numpy(samples).to(self.inputs.device)], targets
 
     def batches(
         self, index_lists: Iterable[np.ndarray], device: torch.device
     ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         """The model's inputs and the targets of each list of samples, on a device."""
-        index_lists, mine = itertools.tee(index_lists)
         if self.inputs is None:
+            index_lists, mine = itertools.tee(index_lists)
             chosen_rows = (self.rows.numpy()[samples] for samples in index_lists)
-            stored = decoded(self.decode, chosen_rows, self.workers, device.type == "cuda")
+            stored = decoded(self.decode, chosen_rows, self.workers, device.type == "cuda",
+                             self.target_decoders)
+            stored = ((inputs, read | self._in_memory(samples))
+                      for (inputs, read), samples in zip(stored, mine, strict=True))
         else:
             stored = map(self.read, index_lists)
-        for inputs, samples in zip(stored, mine, strict=True):
-            chosen = torch.from_numpy(samples)
-            targets = {
-                name: column[chosen.to(column.device)].to(device, non_blocking=True)
-                for name, column in self.targets.items()
-            }
-            yield model_inputs(inputs.to(device, non_blocking=True)), targets
+        for inputs, targets in stored:
+            targets = {name: t.to(device, non_blocking=True) for name, t in targets.items()}
+            yield (model_inputs(inputs.to(device, non_blocking=True)), self.task_targets(targets))
+
+    def _in_memory(self, samples: np.ndarray) -> dict[str, Tensor]:
+        chosen = torch.from_numpy(samples)
+        return {name: stored[chosen.to(stored.device)] for name, stored in self.targets.items()}
+
+    def task_targets(self, stored: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What tasks are given: class numbers in int64, numbers in floating point."""
+        given = {}
+        for name, target in stored.items():
+            table = self.classes.get(name)
+            if table is not None:
+                target = table.to(target.device)[target.int()]
+            given[name] = target if target.is_floating_point() else target.long()
+        return given
+
+
+def _num_bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def model_inputs(stored: Tensor) -> Tensor:
-    """What a model is given: images in fp32 from 0 to 1, anything else as it is."""
-    return stored.float().div_(255) if stored.dtype == torch.uint8 else stored
+    """What a model is given: images in fp32 from 0 to 1, integers in int64, numbers as they are."""
+    if stored.dtype == torch.uint8:
+        return stored.float().div_(255)
+    return stored if stored.is_floating_point() else stored.long()
 
 
 def decoded(
-    decode: Decoder, row_lists: Iterable[np.ndarray], workers: int, pin_memory: bool = False
-) -> Iterator[Tensor]:
-    """The decoded rows of each list, in order, by worker processes if there are any."""
+    decode: Decoder, row_lists: Iterable[np.ndarray], workers: int, pin_memory: bool = False,
+    target_decoders: Mapping[str, Decoder] | None = None,
+) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+    """Inputs and decoded targets of each list of rows, in order, by worker processes if any."""
+    rows_of = _Rows(decode, target_decoders or {})
     if workers == 0:
-        yield from map(decode, row_lists)
+        yield from map(rows_of.read, row_lists)
         return
     loader = DataLoader(
-        _Rows(decode), sampler=row_lists, batch_size=None, num_workers=workers,
+        rows_of, sampler=row_lists, batch_size=None, num_workers=workers,
         pin_memory=pin_memory, generator=torch.Generator(),  # not the run's
     )
-    for inputs in loader:
-        if isinstance(inputs, UserError):
-            raise inputs
-        yield inputs
+    for read in loader:
+        if isinstance(read, UserError):
+            raise read
+        yield read
 
 
 class _Rows(TorchDataset):
-    """What a worker runs: a list of rows in, their inputs out."""
+    """What a worker runs: a list of rows in, their inputs and targets out."""
 
-    def __init__(self, decode: Decoder):
-        self.decode = decode
+    def __init__(self, decode: Decoder, target_decoders: Mapping[str, Decoder]):
+        self.decode, self.target_decoders = decode, target_decoders
 
-    def __getitem__(self, rows: np.ndarray) -> Tensor | UserError:
+    def read(self, rows: np.ndarray) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.decode(rows), {name: decode(rows)
+                                   for name, decode in self.target_decoders.items()}
+
+    def __getitem__(self, rows: np.ndarray) -> tuple[Tensor, dict[str, Tensor]] | UserError:
         try:
-            return self.decode(rows)
+            return self.read(rows)
         except UserError as error:  # as a value: raised here, it would arrive as a traceback
             return error
 
@@ -133,10 +174,19 @@ class Reader:
     """This process's micro-batches of any step, on its device."""
 
     def __init__(
-        self, split: Split, plan: BatchPlan, assignments: list[Assignment], device: torch.device
+        self, split: Split, plan: BatchPlan, assignments: list[Assignment], device: torch.device,
+        items: Mapping[str, Tensor] | None = None,
     ):
+        """
+        Args:
+            items: by task, [samples] int64 how many losses of each sample count.
+        """
         self.split, self.plan, self.assignments = split.to(device), plan, assignments
-        self.device = device
+        self.device, self.items = device, items or {}
+        self._constant_counts = {
+            name: int(counts[0]) * plan.global_size for name, counts in self.items.items()
+            if (counts == counts[0]).all()
+        }
         self._block_number, self._block = -1, torch.empty(0)
         self._stream: Iterator = iter(())
         self._next_step = -1
@@ -151,14 +201,26 @@ class Reader:
             batches = []
             for assignment in self.assignments:
                 chosen = samples[assignment.slots]
-                targets = {name: column.index_select(0, chosen)
-                           for name, column in self.split.targets.items()}
-                batches.append((model_inputs(inputs.index_select(0, chosen)), targets))
+                targets = {name: stored.index_select(0, chosen)
+                           for name, stored in self.split.targets.items()}
+                batches.append((model_inputs(inputs.index_select(0, chosen)),
+                                self.split.task_targets(targets)))
         last = len(self.assignments) - 1
         return [
             MicroBatch(assignment.micro_batch, assignment.is_real, index == last, *batch)
             for index, (assignment, batch) in enumerate(zip(self.assignments, batches, strict=True))
         ]
+
+    def item_counts(self, step: int) -> dict[str, int]:
+        """By task: how many losses of a step's global batch count, over all processes.
+
+        The plan tells every process the whole batch, so that nothing need be communicated.
+        """
+        if len(self._constant_counts) == len(self.items):
+            return self._constant_counts
+        samples = torch.from_numpy(self.plan.samples(step))
+        return {name: self._constant_counts.get(name) or int(counts[samples].sum())
+                for name, counts in self.items.items()}
 
     def _samples(self, step: int) -> Tensor:
         """[global_size] samples of a step on the device, planned and copied in blocks."""
@@ -214,8 +276,8 @@ class EvalReader:
         if self.split.is_on(self.device):
             for number in self.numbers:
                 chosen = slice(number * size, (number + 1) * size)
-                targets = {name: column[chosen] for name, column in self.split.targets.items()}
-                yield number, model_inputs(inputs[chosen]), targets
+                targets = {name: stored[chosen] for name, stored in self.split.targets.items()}
+                yield number, model_inputs(inputs[chosen]), self.split.task_targets(targets)
             return
         index_lists = (np.arange(number * size, min((number + 1) * size, len(self.split)))
                        for number in self.numbers)

@@ -1,72 +1,57 @@
 """Opening a source: which tables hold the training and the validation samples.
 
-A builtin source comes as tensors; all others as tables.
+A builtin source comes as tensors or texts; all others as tables. Texts become tokens here.
 """
 
 from __future__ import annotations
 
 import glob
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from trainlib.config import UserError, nearest
+from trainlib.data import builtin
 from trainlib.data.columns import (
     IMAGE,
+    TEXT,
     check_columns,
     input_columns,
     kinds_of,
-    read_labels,
     target_candidates,
 )
 from trainlib.data.decoding import Decoder, ImageDecoder, NumberDecoder
-from trainlib.data.options import BUILTIN, DataOptions
+from trainlib.data.language import (
+    only_language_task,
+    split_language_tables,
+    split_texts,
+    text_decoders,
+)
+from trainlib.data.options import DataOptions
+from trainlib.data.parts import DEFAULT_SHARE, Part, Parts, held_out, refuse_options
 from trainlib.data.tables import is_hub_id, read_tables
-from trainlib.plan import samples_of
+from trainlib.data.targets import TargetInfo, columns_of, finish, open_target
 
 if TYPE_CHECKING:
     import datasets
 
+    from trainlib.tasks import TaskOptions
+
 _VALIDATION_NAMES = ("validation", "valid", "val", "dev")
-_DEFAULT_SHARE = 0.1
-
-
-class Part(NamedTuple):
-    """One split, not yet read."""
-
-    where: str
-    """What it is, for messages."""
-    decode: Decoder
-    rows: np.ndarray
-    """[samples] int64 rows of the source."""
-    targets: dict[str, Tensor]
-    """By column: [samples] int64 class numbers."""
-
-
-class Parts(NamedTuple):
-    """Both splits of a source, for given targets."""
-
-    train: Part
-    validation: Part
-    label_names: dict[str, list[str]]
-    """By target column."""
-    description: str
-    """What is read from where, for the log."""
 
 
 class Source(NamedTuple):
     """A source that has been opened, but not read."""
 
     target_candidates: list[str]
-    """Columns that could be the only target."""
+    """Columns that could be the only target of a classification."""
     columns: list[str]
     """All columns."""
-    split: Callable[[Sequence[str]], Parts]
-    """The splits, once the target columns are known."""
+    split: Callable[[Mapping[str, TaskOptions]], Parts]
+    """The splits, once the tasks are known."""
 
 
 def open_source(options: DataOptions) -> Source:
@@ -76,25 +61,22 @@ def open_source(options: DataOptions) -> Source:
         UserError: it cannot be read, or a split of it is not there.
     """
     if options.source.startswith("builtin:"):
-        _refuse_options(options, ("revision", "subset", "input", "channels", "image_size",
+        refuse_options(options, ("revision", "subset", "input", "channels", "image_size",
                                   "train_split", "validation_split"), "is built in")
-        parts = BUILTIN[options.source]()
-        columns = list(parts.label_names)
-        return Source(columns, columns, lambda targets: parts)
+        if options.source in builtin.TEXTS:
+            return Source([], ["text"], lambda tasks: _split_builtin_texts(options, tasks))
+        table = builtin.TABLES[options.source]()
+        candidates = [name for name, column in table.columns.items()
+                      if column.kind == "classification"]
+        return Source(candidates, list(table.columns),
+                      lambda tasks: _split_builtin_table(options, table, tasks))
     if not is_hub_id(options.source):
-        _refuse_options(options, ("revision", "subset"), "is not on the Hub")
+        refuse_options(options, ("revision", "subset"), "is not on the Hub")
     tables = _open_tables(options)
     kinds = kinds_of(tables[0][1])
     chosen = [options.input] if isinstance(options.input, str) else options.input or []
-    return Source(target_candidates(kinds, chosen), list(kinds),
-                  lambda targets: _split_tables(options, tables, kinds, targets))
-
-
-def _refuse_options(options: DataOptions, names: Sequence[str], why: str) -> None:
-    for name in names:
-        if getattr(options, name) != DataOptions.model_fields[name].default:
-            raise UserError(f"data.{name}: has no meaning here, {options.source} {why}; leave it "
-                            "out")
+    return Source(target_candidates(kinds, chosen, options.tokenizer is not None), list(kinds),
+                  lambda tasks: _split_tables(options, tables, kinds, tasks))
 
 
 def _open_tables(options: DataOptions) -> list[tuple[str, datasets.Dataset]]:
@@ -112,7 +94,7 @@ def _open_tables(options: DataOptions) -> list[tuple[str, datasets.Dataset]]:
     train = named[options.train_split]
     if wanted is None:
         others = [name for name in _VALIDATION_NAMES if name in tables]
-        wanted = next((name for name in others if name != options.train_split), _DEFAULT_SHARE)
+        wanted = next((name for name in others if name != options.train_split), DEFAULT_SHARE)
     if isinstance(wanted, float):
         return [train]
     if wanted in tables:
@@ -136,99 +118,108 @@ def _files(pattern: str) -> set[str]:
     return {str(Path(file).resolve()) for file in files}
 
 
+def _split_builtin_table(
+    options: DataOptions, table: builtin.Table, tasks: Mapping[str, TaskOptions]
+) -> Parts:
+    refuse_options(options, ("tokenizer",), "is no text")
+    rows = (table.train_rows, table.validation_rows)
+    infos, targets, decoders = {}, ({}, {}), {}
+    for name, task in tasks.items():
+        for column in columns_of(task)[1:]:
+            raise UserError(f"tasks.{name}.target: {column!r} comes second; a column of "
+                            f"{options.source} is a target by itself")
+        column = table.columns[columns_of(task)[0]]
+        if task.kind != column.kind:
+            raise UserError(f"tasks.{name}.kind: {task.target!r} of {options.source} is for "
+                            f"{column.kind}, got {task.kind}")
+        if column.kind == "segmentation":
+            infos[name] = TargetInfo(column.label_names)
+            decoders[name] = column.values.__getitem__
+            continue
+        infos[name], *both = finish(name, task.kind, column.label_names,
+                                    *(column.values[chosen] for chosen in rows))
+        for part, values in zip(targets, both, strict=True):
+            part[name] = values
+    parts = (Part(f"{options.source}, {which} split", table.decode, chosen, values, decoders)
+             for which, chosen, values in zip(("training", "validation"), rows, targets,
+                                              strict=True))
+    return Parts(*parts, infos, table.description)
+
+
+def _split_builtin_texts(options: DataOptions, tasks: Mapping[str, TaskOptions]) -> Parts:
+    name = only_language_task(tasks, "text")
+    found = builtin.TEXTS[options.source]()
+    return split_texts(options, name, options.source, len(found.texts),
+                       lambda rows: [found.texts[row] for row in rows], found.description)
+
+
 def _split_tables(
     options: DataOptions, tables: list[tuple[str, datasets.Dataset]], kinds: dict[str, str],
-    targets: Sequence[str],
+    tasks: Mapping[str, TaskOptions],
 ) -> Parts:
     for where, table in tables:
         if len(table) == 0:
             raise UserError(f"{where}: is empty; training and validation need a sample each")
     (where, train), (other_where, validation) = tables[0], tables[-1]
-    inputs = input_columns(kinds, options.input, targets)
+    targets = [column for task in tasks.values() for column in columns_of(task)]
+    if any(task.kind == "language_modeling" for task in tasks.values()):
+        return split_language_tables(options, tables, kinds, tasks)
+    inputs = input_columns(kinds, options.input, targets, options.tokenizer is not None)
     check_columns(kinds, kinds_of(validation), inputs, targets, other_where)
-    labels = [read_labels(train, target, kinds[target], where) for target in targets]
-    numbers = {each.column: each.numbers(train, where) for each in labels}
-    decode = _decoder(train, inputs, kinds, options, where)
+    names, values = {}, {}
+    for name, task in tasks.items():
+        names[name], encode = open_target(task, train, kinds, where, len(tasks) > 1,
+                                          options.height_and_width)
+        values[name] = [encode(table, place) for place, table in tables]
+    decoders, vocab_size, pad_id = _input_decoders(options, tables, inputs, kinds)
     if len(tables) == 1:
-        share = options.validation_split or _DEFAULT_SHARE
-        is_held_out = held_out(share, len(train), [column.numpy() for column in numbers.values()])
+        share = options.validation_split or DEFAULT_SHARE
+        labels = [values[name][0] for name, task in tasks.items() if task.kind == "classification"]
+        is_held_out = held_out(share, len(train), [column.numpy() for column in labels])
         if not is_held_out.any():
             raise UserError(f"{where}: no class of {targets[0]!r} has two rows, so none can be "
                             "held out; give --data.validation_split a split or a file")
-        parts = [
-            Part(where, decode, rows, {key: column[rows] for key, column in numbers.items()})
-            for rows in (np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out))
-        ]
+        rows = (np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out))
         held = f"{share:.3g} of them held out for validation, the same whatever the seed"
     else:
-        other_numbers = {each.column: each.numbers(validation, other_where) for each in labels}
-        parts = [
-            Part(where, decode, np.arange(len(train)), numbers),
-            Part(other_where, decode.on(validation, other_where), np.arange(len(validation)),
-                 other_numbers),
-        ]
+        rows = (np.arange(len(train)), np.arange(len(validation)))
         held = f"validation from {other_where}"
+    infos, read, later = {}, ({}, {}), ({}, {})
+    for name, task in tasks.items():
+        if not isinstance(values[name][0], Tensor):
+            infos[name] = TargetInfo(task.label_names or [])
+            later[0][name], later[1][name] = values[name][0], values[name][-1]
+            continue
+        infos[name], read[0][name], read[1][name] = finish(
+            name, task.kind, names[name], values[name][0][rows[0]], values[name][-1][rows[1]])
+    parts = [
+        Part(place, decode, *rest) for place, decode, *rest in
+        zip((where, other_where), (decoders[0], decoders[-1]), rows, read, later, strict=True)
+    ]
     shown = ", ".join(inputs[:5]) + (f" and {len(inputs) - 5} more" if len(inputs) > 5 else "")
     shown += f"; target {', '.join(targets)}"
     unused = [f"{name} ({kind})" for name, kind in kinds.items() if name not in [*inputs, *targets]]
     shown += f"; not used: {', '.join(unused)}" if unused else ""
-    return Parts(*parts, {each.column: each.names for each in labels},
-                 f"{where}: {len(train):,} rows, {held}; input {shown}")
+    return Parts(*parts, infos, f"{where}: {len(train):,} rows, {held}; input {shown}",
+                 vocab_size, pad_id)
 
 
-def _decoder(train, inputs, kinds, options, where) -> Decoder:
-    if kinds[inputs[0]] == IMAGE:
-        return ImageDecoder(train, inputs[0], options.channels, options.height_and_width, where)
-    _refuse_options(options, ("channels", "image_size"), "gives no images as inputs")
-    return NumberDecoder(train, inputs, not options.normalize, where)
-
-
-def held_out(share: float, num_rows: int, labels: Sequence[np.ndarray]) -> np.ndarray:
-    """[num_rows] bool: a keyed sample of the rows, of the same share in each class.
-
-    Depends on the number of rows and the labels alone, not on the run's seed, so that runs of
-    several seeds are compared on the same samples.
-
-    Args:
-        labels: class numbers by task, [num_rows] each; of several tasks the first decides.
-    """
-    order = samples_of(np.arange(num_rows), num_rows, seed=0)
-    classes = labels[0] if labels else np.zeros(num_rows, np.int64)
-    sizes = np.bincount(classes)
-    quotas = np.floor(sizes * share).astype(np.int64)
-    # What rounding down leaves goes to the largest remainders; the last row of a class stays.
-    wanted = min(max(1, round(num_rows * share)), num_rows - 1)
-    for number in np.argsort(-(sizes * share - quotas), kind="stable"):
-        if quotas.sum() < wanted and quotas[number] < sizes[number] - 1:
-            quotas[number] += 1
-    ordered = classes[order]
-    is_held_out = np.zeros(num_rows, bool)
-    by_class = np.argsort(ordered, kind="stable")  # rows of each class in keyed order
-    starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
-    for start, quota in zip(starts, quotas, strict=True):
-        is_held_out[order[by_class[start : start + quota]]] = True
-    return is_held_out
-
-
-def _digits() -> Parts:
-    """UCI "Optical Recognition of Handwritten Digits" (Alpaydin & Kaynak 1998), as in scikit-learn.
-
-    Inputs are [1, 8, 8] in [0, 1]. The split is fixed, whatever the run's seed.
-    """
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    bunch = load_digits()
-    images = torch.tensor(bunch.images, dtype=torch.float32).unsqueeze(1) / 16  # 16 grey levels
-    digits = torch.tensor(bunch.target, dtype=torch.int64)
-    rows = np.arange(len(digits))
-    splits = train_test_split(rows, test_size=360, stratify=bunch.target, random_state=0)
-    parts = [
-        Part(f"builtin:digits, {name} split", images.__getitem__, chosen, {"digit": digits[chosen]})
-        for name, chosen in zip(("training", "validation"), map(np.sort, splits), strict=True)
-    ]
-    return Parts(*parts, {"digit": [str(name) for name in bunch.target_names]},
-                 "builtin:digits: 1,797 images of handwritten digits")
-
-
-BUILTIN["builtin:digits"] = _digits
+def _input_decoders(
+    options: DataOptions, tables: list[tuple[str, datasets.Dataset]], inputs: list[str],
+    kinds: dict[str, str],
+) -> tuple[list[Decoder], int | None, int | None]:
+    """What decodes the inputs of each table, and the vocabulary and padding of tokens."""
+    (where, train), *others = tables
+    kind = kinds[inputs[0]]
+    if kind == TEXT:
+        refuse_options(options, ("channels", "image_size"), "gives no images as inputs")
+        return text_decoders(options, tables, inputs[0])
+    if options.tokenizer is not None:
+        raise UserError(f"data.tokenizer: the input {inputs[0]!r} holds {kind} values, no text; "
+                        "leave it out, or choose another with --data.input COLUMN")
+    if kind == IMAGE:
+        first = ImageDecoder(train, inputs[0], options.channels, options.height_and_width, where)
+    else:
+        refuse_options(options, ("channels", "image_size"), "gives no images as inputs")
+        first = NumberDecoder(train, inputs, not options.normalize, where)
+    return [first, *(first.on(table, place) for place, table in others)], None, None

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import datasets
 
 _BUILDERS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".json": "json",
-             ".jsonl": "json", ".arrow": "arrow"}
+             ".jsonl": "json", ".arrow": "arrow", ".txt": "text"}
 _IMAGES = {".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm", ".png",
            ".ppm", ".tif", ".tiff", ".webp"}
 _SAVED = ("state.json", "dataset_dict.json")  # in a folder of save_to_disk
@@ -123,6 +123,8 @@ def _files_to_read(source: str) -> dict:
     arguments = {"path": _BUILDERS[ending], "data_files": files}
     if ending == ".tsv":
         arguments["sep"] = "\t"
+    if ending == ".txt":
+        arguments["sample_by"] = "document"  # a file is a row
     if ending == ".parquet":  # else as many rows as the first row group, which may have none
         arguments["batch_size"] = 1000
     return arguments

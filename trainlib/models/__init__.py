@@ -67,14 +67,22 @@ class ModelOptions(Options):
 
 
 def complete(
-    options: ModelOptions, input_shape: tuple[int, ...], num_classes: int
+    options: ModelOptions, input_shape: tuple[int, ...], outputs: int | dict[str, int],
+    vocab_size: int | None = None, pad_id: int | None = None,
 ) -> ModelOptions:
     """The options with what only the data knows filled in, so that they alone rebuild the model.
 
     Args:
-        input_shape: of one sample, [channels, height, width] for images.
+        input_shape: of one sample, [channels, height, width] for images, [tokens] for text.
+        outputs: how many numbers the model gives for an item, by task if there are several.
+        vocab_size: of inputs that are tokens.
+        pad_id: the token that fills texts up.
+
+    Raises:
+        UserError: the net cannot have several tasks, or has no room for all tokens.
     """
-    args = external.complete_args(options.name, options.args, input_shape, num_classes)
+    facts = external.facts(input_shape, outputs, vocab_size, pad_id)
+    args = external.complete_args(options.name, options.args, facts)
     return options.model_copy(update={"args": args})
 
 

@@ -15,14 +15,18 @@ import torch
 from torch import nn
 
 from trainlib.config import UserError, nearest
+from trainlib.models.gpt import GPT
 from trainlib.models.mlp import MLP
 from trainlib.models.resnet import ResNet
+from trainlib.models.unet import UNet
 from trainlib.user_code import describe_error, import_object, import_package, is_object_spec
 
 if TYPE_CHECKING:
     from trainlib.models import ModelOptions
 
-BUILTIN: dict[str, Callable[..., nn.Module]] = {"mlp": MLP, "resnet": ResNet}
+BUILTIN: dict[str, Callable[..., nn.Module]] = {
+    "mlp": MLP, "resnet": ResNet, "unet": UNet, "gpt": GPT,
+}
 _FORMS = ("timm:NAME", "torchvision:NAME", "transformers:AutoModelFor...", "file.py:Name",
           "package.module:Name")
 # Each library, and its arguments that load weights.
@@ -30,12 +34,15 @@ _LIBRARIES = {
     "timm": ("pretrained", "checkpoint_path"), "torchvision": ("weights", "weights_backbone"),
     "transformers": ("pretrained",),
 }
+_LANGUAGE_MODELS = ("AutoModelForCausalLM",)
 # What people call the numbers that only the data knows.
 _NAMES = {
     "inputs": ("inputs", "num_inputs", "input_size", "input_dim", "in_features"),
     "channels": ("channels", "num_channels", "in_channels", "in_chans"),
     "classes": ("classes", "num_classes", "num_labels", "out_features"),
     "image_size": ("image_size", "img_size"),
+    "vocab_size": ("vocab_size", "num_tokens", "num_embeddings"),
+    "pad_id": ("pad_id", "pad_token_id", "padding_idx"),
 }
 
 
@@ -123,25 +130,50 @@ def _signature(name: str) -> dict[str, inspect.Parameter] | None:
         return None
 
 
-def complete_args(
-    name: str, args: dict[str, Any], input_shape: tuple[int, ...], num_classes: int
+def facts(
+    input_shape: tuple[int, ...], outputs: int | dict[str, int], vocab_size: int | None,
+    pad_id: int | None,
 ) -> dict[str, Any]:
-    """The arguments with what only the data knows filled in, where the net takes it.
-
-    Args:
-        input_shape: of one sample, [channels, height, width] for images.
-
-    Raises:
-        UserError: transformers does not know the model, or the model not its config.
-    """
-    known: dict[str, Any] = {"inputs": math.prod(input_shape), "classes": num_classes}
+    """What only the data knows, by the keys of ``_NAMES``; the arguments are as in ``complete``."""
+    known: dict[str, Any] = {"inputs": math.prod(input_shape), "classes": outputs}
     if len(input_shape) == 3:
         channels, height, width = input_shape
         known |= {"channels": channels,
                   "image_size": height if height == width else [height, width]}
+    tokens = {"vocab_size": vocab_size, "pad_id": pad_id}
+    return known | {meaning: value for meaning, value in tokens.items() if value is not None}
+
+
+def complete_args(name: str, args: dict[str, Any], known: dict[str, Any]) -> dict[str, Any]:
+    """The arguments with what only the data knows filled in, where the net takes it.
+
+    Args:
+        known: as from ``facts``.
+
+    Raises:
+        UserError: transformers does not know the model, the model not its config; the net is one
+            of a library and so has one task; or it has no room for all tokens.
+    """
+    several = isinstance(known["classes"], dict)
+    if several and name not in BUILTIN and name.partition(":")[0] in _LIBRARIES:
+        raise UserError(f"model.name: {name} returns one tensor, the tasks are "
+                        f"{', '.join(known['classes'])}; use mlp or resnet, or a net of your own "
+                        "that returns a mapping from task to tensor")
+    completed = _filled(name, args, known)
+    inside = completed.get("config", completed)
+    for parameter in _NAMES["vocab_size"]:
+        room = inside.get(parameter) if isinstance(inside, dict) else None
+        if "vocab_size" in known and isinstance(room, int) and room < known["vocab_size"]:
+            raise UserError(f"model.args.{parameter}: the net has room for tokens 0 to {room - 1}, "
+                            f"those of the data reach {known['vocab_size'] - 1}; leave it out, or "
+                            "give another tokenizer")
+    return completed
+
+
+def _filled(name: str, args: dict[str, Any], known: dict[str, Any]) -> dict[str, Any]:
     library, _, rest = name.partition(":")
     if library == "transformers":
-        return _complete_transformers(args, known)
+        return _complete_transformers(rest, args, known)
     if library == "timm":
         facts = import_package("timm").get_pretrained_cfg(rest.partition(".")[0])
         takes = {"in_chans", "num_classes"}
@@ -156,7 +188,9 @@ def complete_args(
     return filled | args
 
 
-def _complete_transformers(args: dict[str, Any], known: dict[str, Any]) -> dict[str, Any]:
+def _complete_transformers(
+    auto_class: str, args: dict[str, Any], known: dict[str, Any]
+) -> dict[str, Any]:
     transformers = import_package("transformers")
     given, source, loaded = args.get("config", {}), args.get("pretrained"), {}
     if source is not None:
@@ -179,10 +213,11 @@ def _complete_transformers(args: dict[str, Any], known: dict[str, Any]) -> dict[
         if key not in takes | {"model_type"}:
             raise UserError(f"model.args.config: {default.model_type} does not take {key!r}"
                             f"{_nearest_few(key, takes)}")
-    filled = {"num_labels": known["classes"]}
-    if source is None:  # pretrained weights are for channels and a size of their own
+    filled = {} if auto_class in _LANGUAGE_MODELS else {"num_labels": known["classes"]}
+    if source is None:  # pretrained weights are for channels, a size and tokens of their own
         filled |= {key: known[meaning] for key, meaning in
-                   (("num_channels", "channels"), ("image_size", "image_size"))
+                   (("num_channels", "channels"), ("image_size", "image_size"),
+                    ("vocab_size", "vocab_size"), ("pad_token_id", "pad_id"))
                    if key in takes and meaning in known}
     return args | {"config": loaded | filled | given}
 
@@ -199,13 +234,31 @@ def build(name: str, args: dict[str, Any]) -> Any:
         auto_class = getattr(transformers, rest)
         config = transformers.AutoConfig.for_model(**args["config"])
         if args.get("pretrained") is None:
-            return auto_class.from_config(config)
-        # Left alone, weights saved in half precision would be trained in it, too.
-        return auto_class.from_pretrained(
-            args["pretrained"], config=config, dtype=torch.float32, ignore_mismatched_sizes=True
-        )
+            model = auto_class.from_config(config)
+        else:  # left alone, weights saved in half precision would be trained in it, too
+            model = auto_class.from_pretrained(args["pretrained"], config=config,
+                                               dtype=torch.float32, ignore_mismatched_sizes=True)
+        takes = inspect.signature(model.forward).parameters
+        if "attention_mask" in takes and rest not in _LANGUAGE_MODELS:
+            model.register_forward_pre_hook(_mask_padding, with_kwargs=True)
+        return model
     function = BUILTIN[name] if name in BUILTIN else import_object(name)
     return function(**args)
+
+
+def _mask_padding(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Lets no token look at the padding, where the inputs are tokens.
+
+    A causal language model needs no such mask: its padding comes last.
+    """
+    pad_id = getattr(model.config, "pad_token_id", None)
+    if pad_id is None or args[0].is_floating_point():
+        return args, kwargs
+    mask = args[0] != pad_id
+    mask[:, 0] = True  # of an empty text, whose attention were a division of 0 by 0
+    return args, {"attention_mask": mask.long()} | kwargs
 
 
 def _build_torchvision(name: str, args: dict[str, Any]) -> nn.Module:

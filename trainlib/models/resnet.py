@@ -1,9 +1,13 @@
 """The residual network for small images."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
+
+from trainlib.models.heads import make_head
 
 
 class ResNet(nn.Module):
@@ -11,7 +15,7 @@ class ResNet(nn.Module):
 
     Args:
         channels: of the input image.
-        classes: outputs.
+        classes: outputs, by task if there are several.
         depth: 6n + 2 layers, n blocks a stage.
         width: channels of the first stage; the others have 2 and 4 times as many.
 
@@ -21,7 +25,9 @@ class ResNet(nn.Module):
     Source: He et al. 2016, arXiv:1512.03385, section 4.2, with projection shortcuts (option B).
     """
 
-    def __init__(self, channels: int, classes: int, depth: int = 8, width: int = 16):
+    def __init__(
+        self, channels: int, classes: int | Mapping[str, int], depth: int = 8, width: int = 16
+    ):
         super().__init__()
         if depth < 8 or depth % 6 != 2:
             raise ValueError(f"depth is 6n + 2 (8, 14, 20, ...), got {depth}")
@@ -36,15 +42,15 @@ class ResNet(nn.Module):
                 blocks.append(BasicBlock(in_width, out_width, stride))
                 in_width = out_width
         self.blocks = nn.Sequential(*blocks)
-        self.head = nn.Linear(in_width, classes)
+        self.head = make_head(in_width, classes)
         self.recomputes = False
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block in the backward pass, or not."""
         self.recomputes = enable
 
-    def forward(self, images: Tensor) -> Tensor:
-        """[batch, channels, height, width] -> [batch, classes]."""
+    def forward(self, images: Tensor) -> Tensor | dict[str, Tensor]:
+        """[batch, channels, height, width] -> [batch, classes], by task if there are several."""
         features = functional.relu(self.stem_norm(self.stem(images)))
         for block in self.blocks:
             if self.recomputes and torch.is_grad_enabled():

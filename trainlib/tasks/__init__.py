@@ -1,0 +1,114 @@
+"""What is predicted: target column, loss, weight, metrics.
+
+``resolve`` completes the options (``options``), ``build_tasks`` makes a task of each (``kinds``).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+
+from trainlib import losses
+from trainlib.config import UserError
+from trainlib.tasks.kinds import KINDS, Task
+from trainlib.tasks.options import TaskOptions, find_loss, resolve
+from trainlib.user_code import describe_error
+
+if TYPE_CHECKING:
+    from trainlib.data import TargetInfo
+
+__all__ = [
+    "Task", "TaskOptions", "build_tasks", "default_monitor", "headline", "labels",
+    "logged_metrics", "metric_names", "num_outputs", "resolve",
+]
+
+def build_tasks(
+    options: dict[str, TaskOptions], targets: dict[str, TargetInfo]
+) -> list[Task]:
+    """The tasks that resolved options describe, each loss tried once on blanks.
+
+    Raises:
+        UserError: arguments that the loss refuses, or thresholds that are not one a label.
+    """
+    tasks = []
+    for name, task in options.items():
+        target = targets[name]
+        is_own = task.loss not in losses.LOSSES
+        given = {
+            "name": name, "label_names": target.label_names, "weight": task.weight,
+            "loss": partial(find_loss(task.loss), **task.loss_args),
+            "loss_name": "" if is_own else task.loss, "may_miss": target.may_miss,
+        }
+        if task.kind == "classification":
+            given["top_k"] = task.top_k
+        elif task.kind == "multilabel":
+            given["thresholds"] = _thresholds(name, task.thresholds, target.label_names)
+        elif task.kind == "regression":
+            given |= {"mean": target.mean, "deviation": target.deviation}
+        elif task.kind == "segmentation" and task.loss == "bce" and len(target.label_names) != 2:
+            raise UserError(f"tasks.{name}.loss: bce on pixels is for two classes, the masks have "
+                            f"{len(target.label_names)}; use cross_entropy")
+        elif task.kind == "language_modeling":
+            given |= {"vocab_size": target.vocab_size, "bytes_per_token": target.bytes_per_token,
+                      "may_fuse": task.loss == "cross_entropy" and not task.loss_args}
+        tasks.append(KINDS[task.kind](**given))
+        tasks[-1].check_loss(task.loss, describe_error if is_own else str)
+    return tasks
+
+
+def _thresholds(name: str, given: float | list[float], label_names: list[str]) -> list[float]:
+    thresholds = [given] * len(label_names) if isinstance(given, float) else given
+    if len(thresholds) != len(label_names):
+        raise UserError(f"tasks.{name}.thresholds: {len(thresholds)} for {len(label_names)} labels "
+                        f"({', '.join(label_names)}); give one for each, or a single number")
+    return thresholds
+
+
+def num_outputs(tasks: list[Task]) -> int | dict[str, int]:
+    """How many numbers a model gives for an item, by task if there are several."""
+    if len(tasks) == 1:
+        return tasks[0].num_outputs
+    return {task.name: task.num_outputs for task in tasks}
+
+
+def labels(tasks: list[Task]) -> dict[str, list[str] | dict]:
+    """By task: the names of its classes or labels; of a regression what undoes its scale."""
+    return {
+        task.name: task.label_names if task.kind != "regression" else {
+            "columns": task.label_names, "mean": list(task.mean), "deviation": list(task.deviation)}
+        for task in tasks
+    }
+
+
+def logged_metrics(tasks: list[Task], results: dict[str, dict]) -> dict[str, float]:
+    """``eval/*`` of the results by task: the task's name stands in the key if there are several."""
+    logged = {"eval/loss": sum(task.weight * results[task.name]["loss"] for task in tasks)}
+    for task in tasks:
+        prefix = f"eval/{task.name}/" if len(tasks) > 1 else "eval/"
+        result = results[task.name]
+        logged |= {f"{prefix}loss": result["loss"]} if len(tasks) > 1 else {}
+        logged |= {f"{prefix}{name}": value for name, value in task.logged(result).items()}
+    return logged
+
+
+def metric_names(tasks: list[Task]) -> list[str]:
+    """The keys of ``logged_metrics``."""
+    blank = {task.name: task.result(torch.ones(task.num_counts), torch.ones(task.num_sums))
+             for task in tasks}
+    return list(logged_metrics(tasks, blank))
+
+
+def headline(tasks: list[Task]) -> list[str]:
+    """The keys of ``logged_metrics`` that the terminal shows."""
+    names = ["eval/loss"]
+    for task in tasks:
+        prefix = f"eval/{task.name}/" if len(tasks) > 1 else "eval/"
+        names += [prefix + name for name in task.headline]
+    return names
+
+
+def default_monitor(tasks: list[Task]) -> str:
+    """The logged key that decides which weights are best, unless the options name another."""
+    return f"eval/{tasks[0].monitor}" if len(tasks) == 1 else "eval/loss"
