@@ -180,10 +180,10 @@ def main(arguments: list[str]) -> None:
         batch_statistics.begin()
         for micro_batch in reader.take(step):
             seed_generators(plan.forward_seed(options.seed, step, micro_batch.number))
-            inputs, mix = augment(micro_batch.inputs)
+            inputs, targets, mix = augment(micro_batch.inputs, micro_batch.targets)
             with sums.no_sync(micro_batch.is_last):
-                output = model(inputs, **arguments(micro_batch.targets))
-                loss, shares = objective(output, micro_batch.targets, item_counts, mix)
+                output = model(inputs, **arguments(targets))
+                loss, shares = objective(output, targets, item_counts, mix)
                 accelerator.backward(sums.scaled(loss, micro_batch.is_real))
             sums.add_gradients(micro_batch.is_real)
             sums.add("loss", shares, micro_batch.is_real)

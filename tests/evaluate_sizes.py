@@ -15,9 +15,9 @@ from trainlib.evaluate import evaluate  # noqa: E402
 def main(arguments: list[str]) -> None:
     accelerator = runtime.make_accelerator([], False, 1)
     options = data.DataOptions()
-    digits = data.load(data.open_source(options), options, ["digit"])
     task_options = tasks.resolve({}, ["digit"], ["digit"])
-    task_list = tasks.build_tasks(task_options, digits.label_names)
+    digits = data.load(data.open_source(options), options, task_options)
+    task_list = tasks.build_tasks(task_options, digits.targets)
     torch.manual_seed(0)
     model = models.build_model(models.complete(models.ModelOptions(), (1, 8, 8), 10))
     results = []

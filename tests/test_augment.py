@@ -323,7 +323,7 @@ def test_one_sample_alone_is_mixed_with_itself_and_stays(options):
     images = pictures(1, 3, 6, 5)
     for seed in range(20):
         torch.manual_seed(seed)
-        mixed, mix = Augment(**options)(images)
+        mixed, _, mix = Augment(**options)(images, {})
         assert torch.equal(mixed, images) and mix.partner.tolist() == [0]
         assert mix.share.shape == (1,) and 0 <= mix.share <= 1
 
@@ -332,7 +332,7 @@ def test_with_mixup_and_cutmix_a_fair_coin_gives_each_sample_one_and_its_share()
     torch.manual_seed(14)
     batch = 10_000
     images = pictures(batch, 1, 8, 8)
-    mixed, mix = Augment(mixup=1.0, cutmix=1.0)(images)
+    mixed, _, mix = Augment(mixup=1.0, cutmix=1.0)(images, {})
     other = images[mix.partner]
     is_pasted = ((mixed == images) | (mixed == other)).flatten(1).all(1)
     share_pasted = (mixed == images).double().mean((1, 2, 3))
@@ -347,7 +347,7 @@ def test_with_mixup_and_cutmix_a_fair_coin_gives_each_sample_one_and_its_share()
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_the_mixed_loss_is_the_cross_entropy_with_soft_labels(options, smoothing):
     torch.manual_seed(15)
-    mix = Augment(**options)(pictures(16, 3, 8, 8))[1]
+    mix = Augment(**options)(pictures(16, 3, 8, 8), {})[2]
     logits = torch.randn(16, 5, dtype=torch.float64, requires_grad=True)
     target = torch.randint(5, (16,))
     share = mix.share.double()[:, None]
@@ -377,9 +377,10 @@ def test_a_blend_fits_losses_of_many_items_a_sample():
 def test_with_nothing_on_nothing_happens():
     state = torch.get_rng_state()
     for inputs in (pictures(4, 3, 8, 8), torch.arange(6).view(2, 3)):
-        augmented, mix = Augment()(inputs)
+        targets = {"label": torch.arange(len(inputs))}
+        augmented, same, mix = Augment()(inputs, targets)
         Augment().try_on(inputs)
-        assert augmented is inputs and mix is None
+        assert augmented is inputs and same is targets and mix is None
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -388,13 +389,13 @@ def test_equal_seeds_give_equal_bits_whatever_ran_before(shape):
     images, original = pictures(*shape), pictures(*shape)
     augmented = Augment(**EVERYTHING)
     torch.manual_seed(16)
-    first, first_mix = augmented(images)
-    augmented(pictures(3, 1, 4, 4))  # another micro-batch between
+    first, _, first_mix = augmented(images, {})
+    augmented(pictures(3, 1, 4, 4), {})  # another micro-batch between
     torch.rand(7)
     torch.manual_seed(16)
-    second, second_mix = augmented(images)
+    second, _, second_mix = augmented(images, {})
     torch.manual_seed(17)
-    other, other_mix = augmented(images)
+    other, _, other_mix = augmented(images, {})
     assert torch.equal(first, second) and first.shape == images.shape
     assert all(torch.equal(a, b) for a, b in zip(first_mix, second_mix, strict=True))
     assert not torch.equal(first, other) and not torch.equal(first_mix.share, other_mix.share)
@@ -406,7 +407,7 @@ def test_equal_seeds_give_equal_bits_whatever_ran_before(shape):
 def test_each_option_alone_changes_the_images(name):
     images = pictures(32, 3, 8, 8)
     torch.manual_seed(18)
-    augmented, mix = Augment(**{name: EVERYTHING[name]})(images)
+    augmented, _, mix = Augment(**{name: EVERYTHING[name]})(images, {})
     assert augmented.shape == images.shape and augmented.dtype == images.dtype
     assert not torch.equal(augmented, images)
     assert (mix is not None) == (name in ("mixup", "cutmix"))
@@ -421,7 +422,7 @@ def test_the_order_is_the_one_of_the_options():
         return inputs * 2
 
     torch.manual_seed(19)
-    augmented, mix = Augment(**EVERYTHING | {"cutmix": 0.0}, function=double)(images)
+    augmented, _, mix = Augment(**EVERYTHING | {"cutmix": 0.0}, function=double)(images, {})
     torch.manual_seed(19)
     expected = augment.rotate(images, EVERYTHING["rotation"])
     expected = augment.shifted_crop(expected, EVERYTHING["crop"])
@@ -437,7 +438,8 @@ def test_the_order_is_the_one_of_the_options():
 
 def test_no_gradient_is_recorded():
     scale = torch.ones((), requires_grad=True)
-    augmented, mix = Augment(mixup=1.0, function=lambda inputs: inputs * scale)(torch.rand(4, 2))
+    own = Augment(mixup=1.0, function=lambda inputs: inputs * scale)
+    augmented, _, mix = own(torch.rand(4, 2), {})
     assert not augmented.requires_grad and not mix.share.requires_grad
 
 
@@ -447,7 +449,7 @@ def test_no_value_is_read_and_all_is_drawn_where_the_inputs_are():
     inputs = torch.empty(6, 3, 8, 5, device="meta")
     state = torch.get_rng_state()
     for options in (EVERYTHING, EVERYTHING | {"mixup": 0.0}, EVERYTHING | {"cutmix": 0.0}):
-        augmented, mix = Augment(**options)(inputs)
+        augmented, _, mix = Augment(**options)(inputs, {})
         assert augmented.shape == inputs.shape and mix.partner.shape == mix.share.shape == (6,)
         assert {t.device.type for t in (augmented, *mix)} == {"meta"}
     assert torch.equal(torch.get_rng_state(), state)
@@ -457,16 +459,16 @@ def test_no_value_is_read_and_all_is_drawn_where_the_inputs_are():
 def test_a_gpu_is_never_waited_for_and_repeats_its_bits():
     inputs = pictures(32, 3, 8, 8).cuda()
     augmented = Augment(**EVERYTHING)
-    augmented(inputs)
+    augmented(inputs, {})
     results = []
     for _ in range(2):
         torch.cuda.manual_seed(20)
         torch.cuda.set_sync_debug_mode("error")
         try:
-            results.append(augmented(inputs))
+            results.append(augmented(inputs, {}))
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    (first, mix), (second, _) = results
+    (first, _, mix), (second, *_) = results
     assert torch.equal(first, second)
     assert {t.device.type for t in (first, *mix)} == {"cuda"}
 
@@ -508,7 +510,7 @@ def test_what_does_not_fit_the_inputs_is_refused_in_one_line(options, inputs, wo
 def test_what_fits_is_accepted_and_runs(options, inputs):
     augmented = Augment(**options)
     augmented.try_on(inputs)
-    result, _ = augmented(inputs)
+    result, *_ = augmented(inputs, {})
     assert result.shape == inputs.shape and result.dtype == inputs.dtype
 
 

@@ -160,7 +160,8 @@ def test_digits_are_split_once_and_for_all_without_overlap():
     digits = load()
     assert (len(digits.train), len(digits.validation)) == (1437, 360)
     assert not set(digits.train.rows.tolist()) & set(digits.validation.rows.tolist())
-    assert digits.example().shape == (2, 1, 8, 8)
+    inputs, targets = digits.example()
+    assert inputs.shape == (2, 1, 8, 8) and targets["digit"].shape == (2,)
     assert digits.train.inputs.min() == 0 and digits.train.inputs.max() == 1
     for split, size in ((digits.train, 1437), (digits.validation, 360)):
         shares = torch.bincount(split.targets["digit"]) / size

@@ -214,7 +214,7 @@ def test_columns_are_taken_by_name_in_that_order_or_all_numbers_but_the_target(t
     assert numbers(input=["a", "b"]) == [[5, 1], [6, 2], [7, 3], [8, 4]]
     assert numbers(input="a") == [[5], [6], [7], [8]]
     for given, told in (("aa", "did you mean 'a'"), ("kind", "is the target"), ([], "one or more"),
-                        (["a", "a"], "each once"), ("name", "'name' holds text values"),
+                        (["a", "a"], "each once"), ("name", "'name' holds text, which"),
                         (["a", "name"], "the source has b (number), name (text), a (integer)")):
         with pytest.raises(UserError) as caught:
             numbers(input=given)

@@ -15,7 +15,7 @@ from trainlib.plan import BatchPlan, assign
 SIZES = [1, 5, 97, 360]
 CPU = torch.device("cpu")
 DIGITS = load()
-TASKS = tasks.build_tasks(tasks.resolve({}, ["digit"], ["digit"]), DIGITS.label_names)
+TASKS = tasks.build_tasks(tasks.resolve({}, ["digit"], ["digit"]), DIGITS.targets)
 
 
 def reader(split, batch_size, rank=0, world_size=1):

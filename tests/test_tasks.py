@@ -7,15 +7,17 @@ from torch import nn
 from trainlib import tasks
 from trainlib.augment import Mix
 from trainlib.config import UserError
+from trainlib.data import TargetInfo
 from trainlib.evaluate import try_model
 from trainlib.tasks import TaskOptions
 
-NAMES = {"digit": ["zero", "one", "two"]}
+INFOS = {"digit": TargetInfo(["zero", "one", "two"])}
+TARGETS = {"digit": torch.zeros(2, dtype=torch.int64)}
 
 
 def build(**options):
     resolved = tasks.resolve({"digit": TaskOptions(**options)}, ["digit"], ["digit", "image"])
-    return tasks.build_tasks(resolved, NAMES)[0]
+    return tasks.build_tasks(resolved, INFOS)[0]
 
 
 def test_without_tasks_the_only_candidate_is_the_target():
@@ -48,10 +50,26 @@ def test_what_does_not_fit_is_refused(options, message):
         build(**options)
 
 
-def test_a_second_task_is_refused():
-    with pytest.raises(UserError, match="one classification task"):
-        tasks.build_tasks({"a": TaskOptions(target="digit"), "b": TaskOptions(target="digit")},
-                          NAMES)
+def test_several_tasks_have_outputs_losses_and_metrics_of_their_own():
+    options = {"a": TaskOptions(target="digit"), "b": TaskOptions(target="digit", weight=0.5)}
+    task_list = tasks.build_tasks(options, {"a": INFOS["digit"], "b": TargetInfo(["no", "yes"])})
+    assert tasks.num_outputs(task_list) == {"a": 3, "b": 2}
+    output = {"a": torch.randn(2, 3), "b": torch.randn(2, 2)}
+    targets = {"a": torch.tensor([2, 0]), "b": torch.tensor([1, 1])}
+    results = {}
+    for task in task_list:
+        task.check_output(output, targets, ["a", "b"])
+        losses = nn.functional.cross_entropy(output[task.name], targets[task.name],
+                                             reduction="none")
+        assert task.losses(output, targets).equal(losses)
+        results[task.name] = task.result(*task.statistics(output, targets))
+    with pytest.raises(UserError, match=r"is \(2, 3\), task 'b' needs \(2, 2\).*tasks are a, b"):
+        task_list[1].check_output(output["a"], targets, ["a", "b"])
+    logged = tasks.logged_metrics(task_list, results)
+    assert list(logged) == tasks.metric_names(task_list)
+    assert logged["eval/loss"] == results["a"]["loss"] + 0.5 * results["b"]["loss"]
+    assert logged["eval/b/accuracy"] == results["b"]["accuracy"]
+    assert tasks.default_monitor(task_list) == "eval/loss"
 
 
 @pytest.mark.parametrize("model, message", [
@@ -61,25 +79,27 @@ def test_a_second_task_is_refused():
 ])
 def test_a_model_that_does_not_fit_is_refused_with_both_shapes(model, message):
     with pytest.raises(UserError, match=message):
-        try_model(model, torch.zeros(2, 4), [build()])
+        try_model(model, torch.zeros(2, 4), TARGETS, [build()])
 
 
 def test_a_model_that_fits_is_tried_without_a_trace():
     model = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 3)).train()
-    try_model(model, torch.randn(2, 4), [build()])
+    try_model(model, torch.randn(2, 4), TARGETS, [build()])
     assert model.training and model[0].num_batches_tracked == 0
 
 
-def test_counts_of_parts_add_up():
+def test_statistics_of_parts_add_up():
     task = build()
     output, target = torch.randn(11, 3), torch.randint(3, (11,))
     losses = task.losses(output, {"digit": target})
     assert losses.shape == (11,)
-    whole = task.result(losses.sum().item(), task.counts(output, {"digit": target}))
-    parts = sum(task.counts(output[i : i + 4], {"digit": target[i : i + 4]})
-                for i in range(0, 11, 4))
-    assert task.result(0.0, parts)["confusion"] == whole["confusion"]
-    assert whole["loss"] == losses.sum().item() / 11
+    whole = task.result(*task.statistics(output, {"digit": target}))
+    parts = [task.statistics(output[i : i + 4], {"digit": target[i : i + 4]})
+             for i in range(0, 11, 4)]
+    added = task.result(*(sum(part) for part in zip(*parts, strict=True)))
+    assert added["confusion"] == whole["confusion"]
+    assert added["loss"] == pytest.approx(whole["loss"], rel=1e-15)  # sums are in float64
+    assert whole["loss"] == losses.double().sum().item() / 11
     logged = tasks.logged_metrics([task], {"digit": whole})
     assert list(logged) == tasks.metric_names([task])
     assert logged["eval/loss"] == whole["loss"]
@@ -102,12 +122,14 @@ def test_a_mapping_or_a_hugging_face_output_holds_the_tasks_output():
     task, logits, targets = build(), torch.randn(2, 3), {"digit": torch.tensor([0, 2])}
     for output in ({"digit": logits, "logits": -logits}, {"logits": logits, "hidden": -logits}):
         assert task.losses(output, targets).equal(task.losses(logits, targets))
-        assert task.counts(output, targets).equal(task.counts(logits, targets))
-        task.check_output(output, 2)
+        for ours, wanted in zip(task.statistics(output, targets), task.statistics(logits, targets),
+                                strict=True):
+            assert ours.equal(wanted)
+        task.check_output(output, targets, ["digit"])
     for output, what in (({"another": logits}, "a mapping of another"), (None, "a NoneType"),
                          (logits.long(), r"\(2, 3\) of torch.int64")):
         with pytest.raises(UserError, match=f"output is {what}, task 'digit' needs"):
-            task.check_output(output, 2)
+            task.check_output(output, targets, ["digit"])
 
 
 def test_a_loss_of_the_users_own_is_one_loss_an_item(tmp_path):
@@ -130,7 +152,7 @@ number = 3
     own = build(loss=f"{file}:smooth", loss_args={"amount": 0.2})
     builtin = build(loss_args={"label_smoothing": 0.2})
     assert own.losses(output, {"digit": target}).equal(builtin.losses(output, {"digit": target}))
-    for name, message in (("mean", r"returns \[\] for two items; return one loss an item"),
+    for name, message in (("mean", r"returns \[\] for two items; return one loss an item, unreduced"),
                           ("broken", "NameError: name 'nothing' is not defined .my_loss.py, line"),
                           ("number", "this is a int; give a function"),
                           ("smoth", "has no 'smoth'; it has smooth, mean, broken")):
@@ -164,12 +186,12 @@ class Strange(nn.Linear):
 ])
 def test_a_model_that_fails_in_training_only_is_refused(kind, message):
     with pytest.raises(UserError, match=message):
-        try_model(Strange(kind), torch.zeros(2, 4), [build()])
+        try_model(Strange(kind), torch.zeros(2, 4), TARGETS, [build()])
 
 
 def test_trying_a_model_in_training_leaves_no_trace():
     model, before = Strange("fine"), torch.get_rng_state()
-    try_model(model, torch.zeros(2, 4), [build()])
+    try_model(model, torch.zeros(2, 4), TARGETS, [build()])
     assert model.calls == 1 and model.weight.grad is None and model.training  # 1: in evaluation
     assert torch.get_rng_state().equal(before)
 
@@ -177,4 +199,4 @@ def test_trying_a_model_in_training_leaves_no_trace():
 def test_a_batch_norm_that_meets_a_single_sample_is_refused_at_the_start():
     model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)).train()
     with pytest.raises(UserError, match="in training: ValueError: Expected more than 1 value"):
-        try_model(model, torch.zeros(1, 4), [build()])
+        try_model(model, torch.zeros(1, 4), {"digit": TARGETS["digit"][:1]}, [build()])

@@ -3,8 +3,7 @@
 Images are [batch, channels, height, width] fp32 in [0, 1], and each has its own draw, from the
 generator of the device where the images are. Nothing here keeps state or waits for a GPU, and
 every shape is fixed: seed the generator with the key of a micro-batch, and the result is the same
-wherever that micro-batch runs. Only the inputs change; where the targets are themselves images,
-what moves pixels is not for them.
+wherever that micro-batch runs. Of the targets only masks change, with the pixels they belong to.
 """
 
 import math
@@ -181,16 +180,39 @@ class Augment:
     cutout: int = 0  # pixels
     mixup: float = 0.0  # alpha; with cutmix too, a fair coin gives each sample one of them
     cutmix: float = 0.0  # alpha
+    masks: tuple[str, ...] = ()
+    """The targets that are masks [batch, height, width]: they are cropped and flipped like the
+    images, and what a crop leaves is ignored. A step still divides by its pixels before that."""
+    ignored: int = -100  # the class number of such pixels
 
     @torch.no_grad()
-    def __call__(self, inputs: Tensor) -> tuple[Tensor, Mix | None]:
-        """A training micro-batch's inputs, augmented, and how its targets are mixed, if at all."""
+    def __call__(
+        self, inputs: Tensor, targets: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor], Mix | None]:
+        """A training micro-batch, augmented, and how its targets are mixed, if at all."""
+        if self.masks and (self.crop or self.flip):
+            # As further channels, so that pixels stay together; 0, which is behind a crop, is
+            # the ignored class there.
+            masks = torch.stack([targets[name] - self.ignored for name in self.masks], 1)
+            both = self._moved(torch.cat((inputs, masks.to(inputs.dtype)), 1))
+            inputs, masks = both.split((inputs.shape[1], len(self.masks)), 1)
+            moved = (masks.long() + self.ignored).unbind(1)
+            targets = targets | dict(zip(self.masks, moved, strict=True))
+        else:
+            inputs = self._moved(inputs)
+        inputs, mix = self._changed(inputs)
+        return inputs, targets, mix
+
+    def _moved(self, images: Tensor) -> Tensor:
         if self.rotation:
-            inputs = rotate(inputs, self.rotation)
+            images = rotate(images, self.rotation)
         if self.crop:
-            inputs = shifted_crop(inputs, self.crop)
+            images = shifted_crop(images, self.crop)
         if self.flip:
-            inputs = flip(inputs, self.flip)
+            images = flip(images, self.flip)
+        return images
+
+    def _changed(self, inputs: Tensor) -> tuple[Tensor, Mix | None]:
         if self.brightness or self.contrast:
             inputs = brightness_contrast(inputs, self.brightness, self.contrast)
         if self.function is not None:
@@ -219,6 +241,11 @@ class Augment:
             ValueError: an option does not fit, or the function returns another type or shape.
         """
         given = _kind(inputs)
+        for name in ("rotation", "cutmix"):
+            if self.masks and getattr(self, name):
+                raise ValueError(f"data.augment.{name} is not for masks, which task "
+                                 f"{self.masks[0]!r} has; set it to 0, and use crop and flip, "
+                                 "which take them along")
         for name in ("rotation", "crop", "flip", "brightness", "contrast", "cutout", "cutmix"):
             if getattr(self, name) and (inputs.ndim != 4 or inputs.dtype != torch.float32):
                 raise ValueError(f"data.augment.{name} is for images, float32 [batch, channels, "

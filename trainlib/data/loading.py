@@ -21,12 +21,12 @@ from trainlib.data.parts import Part
 from trainlib.data.reading import SHARE_OF_MEMORY, Split, decoded, model_inputs
 from trainlib.data.sources import Source
 from trainlib.data.targets import TargetInfo, check_shared_rows, count_valid
+from trainlib.losses import IGNORED
 from trainlib.user_code import describe_error, import_object
 
 if TYPE_CHECKING:
     from trainlib.tasks import TaskOptions
 
-_MOVES_PIXELS = ("rotation", "function", "cutmix")  # flip and crop take the masks along
 _CHUNK_BYTES = 2**22  # of inputs that a worker decodes at a time; a few chunks wait in memory
 
 
@@ -79,8 +79,10 @@ def load(source: Source, options: DataOptions, tasks: Mapping[str, TaskOptions])
         in_memory = size <= SHARE_OF_MEMORY * psutil.virtual_memory().total / processes
     is_text = parts.vocab_size is not None
     moments = Moments() if options.normalize and not is_text else None
-    masks = {name: Masks(name, task.ignore_index, task.label_names or parts.targets[name].label_names)
-             for name, task in tasks.items() if task.kind == "segmentation"}
+    masks = {
+        name: Masks(name, task.ignore_index, task.label_names or parts.targets[name].label_names)
+        for name, task in tasks.items() if task.kind == "segmentation"
+    }
     for name in masks:
         check_sizes(name, tuple(first.shape), tuple(first_targets[name].shape), train.where)
     # What is broken or missing is better told now than after hours; tokens have been looked at.
@@ -241,12 +243,8 @@ def build_augment(
         UserError: an option does not fit the inputs or the tasks, or the user's function cannot be
             had or fails.
     """
-    given = options.model_dump()
-    for task in tasks.values():
-        for name in _MOVES_PIXELS:
-            if task.kind == "segmentation" and given[name]:
-                raise UserError(f"data.augment.{name}: moves or mixes pixels, but not those of the "
-                                "masks; leave it out")
+    masks = tuple(name for name, task in tasks.items() if task.kind == "segmentation")
+    given = options.model_dump() | {"masks": masks, "ignored": IGNORED}
     if options.function is not None:
         try:
             given["function"] = import_object(options.function)

@@ -272,10 +272,10 @@ class PackedBlocks:
         counts = np.minimum(self.stop - starts, self.block_size)
         return self.tokens.rows(starts, counts, self.block_size, self.is_target)
 
-    def num_valid(self) -> np.ndarray:
+    def num_valid(self) -> Tensor:
         """[num_blocks] int64: how many targets each block has."""
         starts = np.arange(self.start + 1, self.stop, self.block_size)
-        return np.minimum(self.stop - starts, self.block_size)
+        return torch.from_numpy(np.minimum(self.stop - starts, self.block_size))
 
 
 class PaddedTexts:
@@ -293,7 +293,7 @@ class PaddedTexts:
         counts = np.clip(ends[rows] - starts - (self.is_target is False), 0, self.length)
         return self.tokens.rows(starts, counts, self.length, bool(self.is_target))
 
-    def num_valid(self) -> np.ndarray:
+    def num_valid(self) -> Tensor:
         """[documents] int64: how many tokens, or predictions, each row has."""
         lengths = np.diff(self.tokens.ends, prepend=0)
-        return np.clip(lengths - (self.is_target is not None), 0, self.length)
+        return torch.from_numpy(np.clip(lengths - (self.is_target is not None), 0, self.length))

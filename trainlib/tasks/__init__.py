@@ -1,6 +1,6 @@
 """What is predicted: target column, loss, weight, metrics.
 
-``resolve`` completes the options (``options``), ``build_tasks`` makes a task of each (``kinds``).
+``resolve`` completes the options (``options``), ``build_tasks`` makes a task of each (``task``, ``kinds``).
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import torch
 
 from trainlib import losses
 from trainlib.config import UserError
-from trainlib.tasks.kinds import KINDS, Task
+from trainlib.tasks.kinds import KINDS
 from trainlib.tasks.options import TaskOptions, find_loss, resolve
+from trainlib.tasks.task import Task
 from trainlib.user_code import describe_error
 
 if TYPE_CHECKING:
