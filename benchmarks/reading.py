@@ -24,7 +24,7 @@ import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from trainlib import data, plan  # noqa: E402
-from trainlib.data import loading, sources  # noqa: E402
+from trainlib.data import loading, parts  # noqa: E402
 from trainlib.data.decoding import ImageDecoder  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -105,8 +105,8 @@ def decode(encoded: list[bytes], workers: int, rounds: int):
 
     def ours() -> None:
         decoder = ImageDecoder(table, "image", None, None, "benchmark")
-        part = sources.Part("benchmark", decoder, rows, {})
-        loading._read(part, decoder(rows[:1]), True, workers, loading.Moments())
+        part = parts.Part("benchmark", decoder, rows, {})
+        loading._read(part, decoder(rows[:1]), workers, True, loading.Moments(), {}, [0])
 
     def bare() -> None:
         out = np.empty((len(encoded), side, side, 3), np.uint8)

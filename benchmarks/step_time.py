@@ -26,12 +26,14 @@ os.environ["ACCELERATE_USE_CPU"] = "true"
 from trainlib import data, models, optim, plan, runtime, tasks  # noqa: E402
 from trainlib.augment import Augment  # noqa: E402
 from trainlib.batchnorm import BatchStatistics  # noqa: E402
+from trainlib.evaluate import model_arguments  # noqa: E402
 from trainlib.gradients import StepSums  # noqa: E402
 from trainlib.guard import Guard, Readback  # noqa: E402
 from trainlib.progress import Progress  # noqa: E402
 from trainlib.schedule import lr_multiplier  # noqa: E402
 
 BATCH_SIZE = 64
+TASKS = tasks.resolve({}, ["digit"], ["digit"])
 MODELS = {
     "mlp": models.ModelOptions(),
     "resnet8": models.ModelOptions(name="resnet"),
@@ -47,8 +49,7 @@ def fenced_step() -> str:
 
 
 def build(model_options: models.ModelOptions, dataset: data.Dataset):
-    task_options = tasks.resolve({}, ["digit"], ["digit"])
-    task_list = tasks.build_tasks(task_options, dataset.label_names)
+    task_list = tasks.build_tasks(TASKS, dataset.targets)
     torch.manual_seed(0)
     module = models.build_model(
         models.complete(model_options, dataset.train.inputs.shape[1:], 10)
@@ -91,6 +92,7 @@ def fence_steps(model_options: models.ModelOptions, dataset: data.Dataset):
     assignments = plan.assign(BATCH_SIZE, BATCH_SIZE, 0, 1)
     batch_statistics = BatchStatistics(module, 1)
     sums = StepSums(accelerator, model, {"loss": 1, "batch_norm": batch_statistics.size}, True, 1)
+    items = {task.name: task.items(dataset.train.num_valid[task.name]) for task in task_list}
     source = ast.parse(
         "def run(num_steps):\n"
         "    for _ in range(num_steps):\n        pass\n"
@@ -99,10 +101,11 @@ def fence_steps(model_options: models.ModelOptions, dataset: data.Dataset):
     )
     source.body[0].body[0].body[0:1] = ast.parse(fenced_step()).body
 
-    def objective(output, targets, mix):
-        loss_sums = [t.losses(output, targets, mix).sum() for t in task_list]
-        shares = [s * (t.weight / BATCH_SIZE) for t, s in zip(task_list, loss_sums, strict=True)]
-        return sum(shares[1:], start=shares[0]), loss_sums
+    def objective(output, targets, item_counts, mix):
+        shares = [t.losses(output, targets, mix).sum() / max(item_counts[t.name], 1)
+                  for t in task_list]
+        weighted = [t.weight * s for t, s in zip(task_list, shares, strict=True)]
+        return sum(weighted[1:], start=weighted[0]), shares
 
     names = {
         "optimizer": prepared.optimizer, "scaler": None, "state": Progress(), "model": model,
@@ -112,7 +115,8 @@ def fence_steps(model_options: models.ModelOptions, dataset: data.Dataset):
         "max_grad_norm": 1.0, "max_grad_value": None, "num_micro_batches": 1,
         "augment": Augment(), "ema": None,
         "seed_generators": runtime.make_seeder(accelerator.device),
-        "reader": data.Reader(dataset.train, batch_plan, assignments, accelerator.device),
+        "reader": data.Reader(dataset.train, batch_plan, assignments, accelerator.device, items),
+        "arguments": model_arguments(module, task_list),
         "guard": Guard(prepared.optimizer, accelerator.device, None, None, lambda step: {}),
         "readback": Readback(accelerator.device),
         "peak_share": lambda step: lr_multiplier("cosine", step, 10**6, 100),
@@ -128,7 +132,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     options = data.DataOptions()
-    dataset = data.load(data.open_source(options), options, ["digit"])
+    dataset = data.load(data.open_source(options), options, TASKS)
     print(f"torch {torch.__version__}, batch {BATCH_SIZE} in one micro-batch, one thread, "
           f"{arguments.rounds} rounds of {arguments.steps} steps, medians")
     print(f"{'model':10}{'bare us':>10}{'fence us':>10}{'ratio':>8}")

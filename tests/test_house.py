@@ -71,7 +71,7 @@ def test_the_fence_holds_the_loop_and_fits_in_eighty_lines():
     fence = text.split("# twin loop: begin")[1].split("# twin loop: end")[0]
     assert len(fence.splitlines()) <= 80
     step = fence.split("# twin step: begin")[1].split("# twin step: end")[0]
-    for line in ("model(inputs)", "accelerator.backward(",
+    for line in ("model(inputs, **arguments(targets))", "accelerator.backward(",
                  "accelerator.clip_grad_norm_(", "optimizer.step()"):
         assert line in step
 

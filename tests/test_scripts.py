@@ -174,7 +174,7 @@ def test_early_stopping_is_agreed_and_names_the_result(tmp_path, processes):
 
     from trainlib import tasks
     task_list = tasks.build_tasks(tasks.resolve({}, ["digit"], ["digit"]),
-                                  {"digit": list("0123456789")})
+                                  {"digit": data.TargetInfo(list("0123456789"))})
     reader = data.EvalReader(split, 256, 0, 1, torch.device("cpu"))
     again = evaluate(load_model(run), reader, task_list, Accelerator(cpu=True))
     assert again["digit"]["accuracy"] == max(accuracies)

@@ -1,6 +1,7 @@
 """What is predicted: target column, loss, weight, metrics.
 
-``resolve`` completes the options (``options``), ``build_tasks`` makes a task of each (``task``, ``kinds``).
+``resolve`` completes the options (``options``), ``build_tasks`` makes a task of each (``task``,
+``kinds``).
 """
 
 from __future__ import annotations
