@@ -1,17 +1,18 @@
-"""Writes the data of the examples: wine.csv, digit_images/ (one folder a class), paragraphs.csv.
+"""Writes the data of the examples: wine.csv, digit_images/ (one folder a class), characters.csv.
 
     python recipes/example_data.py [FOLDER]
 """
 
 import csv
 import sys
+import unicodedata
 from pathlib import Path
-from pydoc_data.topics import topics
 
 from PIL import Image
 from sklearn.datasets import load_digits, load_wine
 
-TOPICS = ("specialnames", "compound", "types", "formatstrings", "string-methods", "debugger")
+KINDS = {"Lu": "upper case", "Ll": "lower case", "Lo": "other letter", "Mn": "mark",
+         "So": "symbol", "Sm": "mathematics", "Po": "punctuation", "Nd": "digit"}
 
 
 def main(folder: Path) -> None:
@@ -24,13 +25,14 @@ def main(folder: Path) -> None:
         image = Image.fromarray((pixels * 15.9375).astype("uint8"))  # 0..16 to 0..255
         # Photographs have many sizes; so have these.
         image.resize((16 + number % 3 * 4, 16 + number % 2 * 4)).save(file)
-    with (folder / "paragraphs.csv").open("w", newline="", encoding="utf-8") as file:
+    with (folder / "characters.csv").open("w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
-        rows.writerow(["text", "topic"])
-        # Python's own reference, a row a paragraph.
-        rows.writerows((" ".join(paragraph.split()), topic) for topic in TOPICS
-                       for paragraph in topics[topic].split("\n\n") if len(paragraph) > 80)
-    print(f"{folder / 'wine.csv'}  {folder / 'digit_images'}/0 to 9  {folder / 'paragraphs.csv'}")
+        rows.writerow(["name", "kind"])
+        for character in map(chr, range(0x20, 0x3000)):
+            kind = KINDS.get(unicodedata.category(character))
+            if kind is not None and unicodedata.name(character, ""):
+                rows.writerow([unicodedata.name(character), kind])
+    print(f"{folder / 'wine.csv'}  {folder / 'digit_images'}/0 to 9  {folder / 'characters.csv'}")
 
 
 if __name__ == "__main__":

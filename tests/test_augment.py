@@ -407,10 +407,11 @@ def test_equal_seeds_give_equal_bits_whatever_ran_before(shape):
 def test_each_option_alone_changes_the_images(name):
     images = pictures(32, 3, 8, 8)
     torch.manual_seed(18)
-    augmented, _, mix = Augment(**{name: EVERYTHING[name]})(images, {})
+    targets = {"label": torch.arange(32)}
+    augmented, same, mix = Augment(**{name: EVERYTHING[name]})(images, targets)
     assert augmented.shape == images.shape and augmented.dtype == images.dtype
     assert not torch.equal(augmented, images)
-    assert (mix is not None) == (name in ("mixup", "cutmix"))
+    assert same is targets and (mix is not None) == (name in ("mixup", "cutmix"))
 
 
 def test_the_order_is_the_one_of_the_options():

@@ -152,7 +152,8 @@ number = 3
     own = build(loss=f"{file}:smooth", loss_args={"amount": 0.2})
     builtin = build(loss_args={"label_smoothing": 0.2})
     assert own.losses(output, {"digit": target}).equal(builtin.losses(output, {"digit": target}))
-    for name, message in (("mean", r"returns \[\] for two items; return one loss an item, unreduced"),
+    for name, message in (("mean", r"returns \[\] for two items; return one loss an item, "
+                                   "unreduced"),
                           ("broken", "NameError: name 'nothing' is not defined .my_loss.py, line"),
                           ("number", "this is a int; give a function"),
                           ("smoth", "has no 'smoth'; it has smooth, mean, broken")):

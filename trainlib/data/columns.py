@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from decimal import Decimal
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -115,13 +116,14 @@ def input_columns(
 
 def check_columns(
     kinds: dict[str, str], others: dict[str, str], inputs: Sequence[str], targets: Sequence[str],
-    where: str,
+    classes: Sequence[str], where: str,
 ) -> None:
     """Refuses another table that lacks a column, or in which it holds something else.
 
     Args:
         kinds: of the training table.
         others: of the other table.
+        classes: the targets whose values are classes, which may have several types.
         where: what the other table is, for messages.
 
     Raises:
@@ -130,7 +132,7 @@ def check_columns(
     for name in [*inputs, *targets]:
         if name not in others:
             raise UserError(f"{where}: has no column {name!r}{nearest(name, others)}")
-        alike = {CLASS, TEXT, INTEGER, NUMBER} if name in targets else {INTEGER, NUMBER}
+        alike = {CLASS, TEXT, INTEGER, NUMBER} if name in classes else {INTEGER, NUMBER}
         if others[name] != kinds[name] and not {others[name], kinds[name]} <= alike:
             raise UserError(f"{where}: {name!r} holds {others[name]} values, in training "
                             f"{kinds[name]} values; give both the same type")
@@ -182,7 +184,8 @@ def read_labels(
         if not may_miss:
             refuse(is_missing, where, f"the target {column!r} is missing")
         present = read_floats(table, column)[~is_missing]
-        if may_miss and is_missing.any() and (present == np.floor(present)).all():
+        is_whole = np.isfinite(present).all() and (present == np.floor(present)).all()
+        if may_miss and is_missing.any() and is_whole:
             kind = INTEGER
     if kind not in (CLASS, TEXT, INTEGER):
         raise UserError(
@@ -214,7 +217,7 @@ def _encode(
         encoded = column.dictionary_encode()
         codes = encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
         # Whole numbers with gaps are read as fractions.
-        values = [int(value) if isinstance(value, float) and value.is_integer() else value
+        values = [int(value) if isinstance(value, float | Decimal) and value % 1 == 0 else value
                   for value in encoded.dictionary.to_pylist()]
         is_missing = is_missing | np.array([*(v == ignored for v in values), False])[codes]
         return np.where(is_missing, -1, codes), values

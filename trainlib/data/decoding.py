@@ -179,7 +179,7 @@ class NumberDecoder:
 
         self.columns = columns
         self._attach(table, where)
-        self.depth, number_type = _nesting(table, columns[0])
+        self.depth, number_type = nesting(table, columns[0])
         keeps = keep_integers and self.depth > 0 and types.is_integer(number_type)
         self.type = pyarrow.int64() if keeps else pyarrow.float32()
         self.sizes: list[int] = []  # of the lists, from the outermost
@@ -202,7 +202,7 @@ class NumberDecoder:
         """
         import pyarrow.types as types
 
-        depth, number_type = _nesting(table, self.columns[0])
+        depth, number_type = nesting(table, self.columns[0])
         if depth != self.depth or self.type == "int64" and not types.is_integer(number_type):
             raise UserError(f"{where}: {self.columns[0]!r} holds lists of {number_type}, {depth} "
                             f"deep; in training they hold {self.type}, {self.depth} deep")
@@ -243,7 +243,7 @@ class NumberDecoder:
         return values
 
 
-def _nesting(table: datasets.Dataset, column: str) -> tuple[int, pyarrow.DataType]:
+def nesting(table: datasets.Dataset, column: str) -> tuple[int, pyarrow.DataType]:
     """How deep the lists of a column are nested, and the type of what they hold."""
     type_, depth = table.features.arrow_schema.field(column).type, 0
     type_ = getattr(type_, "storage_type", type_)  # of Array2D and its kin

@@ -129,8 +129,10 @@ def split_texts(
         tokens = _tokens(options, where, lambda: read(np.arange(1)))
         blocks = int(len(tokens.ids) * (1 - share)) // options.block_size
         cut = blocks * options.block_size
-        return _parts(options, name, (where, tokens, (0, cut)),
-                      (where, tokens, (cut, len(tokens.ids))), f"{description}; the last {held}")
+        # The first token after the cut is the last that is trained on: it is predicted there.
+        return _parts(options, name, (f"{where}, training part", tokens, (0, cut + 1)),
+                      (f"{where}, validation part", tokens, (cut, len(tokens.ids))),
+                      f"{description}; the last {held}")
     is_out = held_out(share, num_texts, [])
     parts = []
     for split, wanted in (("training", False), ("validation", True)):
@@ -149,7 +151,7 @@ def _parts(options, name, train, validation, description) -> Parts:
     for where, tokens, span in (train, validation):
         start, stop = span or (0, len(tokens.ids))
         if stop - start <= options.block_size and options.packing:
-            raise UserError(f"{where}: {stop - start:,} tokens for this split are less than one "
+            raise UserError(f"{where}: {stop - start:,} tokens are less than one "
                             f"block of {options.block_size} and the next token; give a longer "
                             "text or a smaller --data.block_size")
         if options.packing:

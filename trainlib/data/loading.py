@@ -101,7 +101,9 @@ def load(source: Source, options: DataOptions, tasks: Mapping[str, TaskOptions])
     for name, seen in masks.items():
         infos[name] = replace(infos[name], label_names=seen.label_names)
     for name in infos:
-        misses = any((split.num_valid[name] == 0).any() for split in splits)
+        entries = splits[0].read(np.arange(1))[1][name].numel()
+        misses = any((split.num_valid[name] < entries).any() for split in splits)
+        misses |= name in masks and options.augment.crop > 0  # which leaves pixels to ignore
         infos[name] = replace(infos[name], may_miss=misses)
     splits = [replace(split, classes=classes) for split in splits]
     check_shared_rows(splits[0].num_valid)

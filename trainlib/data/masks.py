@@ -2,12 +2,48 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from trainlib.config import UserError
+from trainlib.data.decoding import NumberDecoder
 from trainlib.losses import IGNORED
+
+if TYPE_CHECKING:
+    import datasets
+
+
+class ListMasks:
+    """A decoder of masks that are lists of numbers, to [rows, height, width] int16."""
+
+    def __init__(self, numbers: NumberDecoder, ignored: int | None):
+        """
+        Args:
+            ignored: the value of pixels that do not count, which becomes -1.
+        """
+        self.numbers, self.ignored = numbers, ignored
+
+    def on(self, table: datasets.Dataset, where: str) -> ListMasks:
+        """The decoder of another table's masks."""
+        return ListMasks(self.numbers.on(table, where), self.ignored)
+
+    def __call__(self, rows: np.ndarray) -> Tensor:
+        values = self.numbers(rows)
+        is_ignored = torch.zeros_like(values, dtype=torch.bool)
+        if self.ignored is not None:
+            is_ignored = values == self.ignored
+        is_wrong = ~is_ignored & ~((values >= 0) & (values <= 255) & (values == values.floor()))
+        wrong = is_wrong.flatten(1).any(1).nonzero().flatten()
+        if len(wrong):
+            first = int(wrong[0])
+            value = values[first][is_wrong[first]]
+            raise UserError(f"{self.numbers.where}, row {rows[first]}: {self.numbers.columns[0]!r} "
+                            f"has the value {value[0].item()}; class numbers of a mask lie in "
+                            "0..255, what is missing has the value of ignore_index")
+        return values.masked_fill(is_ignored, -1).short()
 
 
 class Masks:
@@ -29,24 +65,26 @@ class Masks:
     def add(self, masks: Tensor, rows: np.ndarray, where: str) -> Tensor:
         """Takes [n, height, width] masks in; [n] int64 how many pixels of each count.
 
+        Args:
+            masks: values 0 to 255, or -1 for what is ignored.
+
         Raises:
-            UserError: values outside 0..255 or, after ``close``, that the training masks lack.
+            UserError: after ``close``, values that the training masks lack.
         """
-        is_value = (masks >= 0) & (masks <= 255)
+        is_ignored = masks < 0
+        if self.ignored is not None:  # compared as int64: bytes compare modulo 256
+            is_ignored |= masks.long() == self.ignored
         if self.classes is not None:
-            is_value &= (self.classes != -1)[masks.int().clamp(0, 255)]
-        wrong = (~is_value).flatten(1).any(1).nonzero().flatten()
-        if len(wrong):
-            first = int(wrong[0])
-            raise UserError(
-                f"{where}, row {rows[first]}: the mask of task {self.task!r} has the value "
-                f"{int(masks[first][~is_value[first]][0])}, " + (
-                    "class numbers lie in 0..255" if self.classes is None else
-                    "which no training mask has; the classes are the training masks' 0 to "
-                    f"{len(self.label_names) - 1}, or as many as label_names has"))
-        self.seen[masks.unique().long()] = True
-        is_counted = torch.ones_like(masks) if self.ignored is None else masks != self.ignored
-        return is_counted.flatten(1).sum(1)
+            is_unseen = ~is_ignored & (self.classes[masks.long()] == -1)
+            wrong = is_unseen.flatten(1).any(1).nonzero().flatten()
+            if len(wrong):
+                first = int(wrong[0])
+                raise UserError(
+                    f"{where}, row {rows[first]}: the mask of task {self.task!r} has the value "
+                    f"{masks[first][is_unseen[first]][0].item()}, which no training mask has; the "
+                    f"classes are 0 to {len(self.label_names) - 1}, or as many as label_names has")
+        self.seen[masks[~is_ignored].unique().long()] = True
+        return (~is_ignored).flatten(1).sum(1)
 
     def close(self, where: str) -> None:
         """Fixes the classes to those seen so far; a second call changes nothing.
@@ -56,7 +94,7 @@ class Masks:
         """
         if self.classes is not None:
             return
-        values = [v for v in self.seen.nonzero().flatten().tolist() if v != self.ignored]
+        values = self.seen.nonzero().flatten().tolist()
         is_binary = values == [0, 255]
         count = 2 if is_binary else max(values, default=0) + 1
         count = max(count, len(self.label_names))
@@ -64,7 +102,8 @@ class Masks:
             raise UserError(f"{where}: the masks of task {self.task!r} have the class 0 only; a "
                             "segmentation needs two or more")
         self.label_names = _check_label_names(self.task, self.label_names or None, count)
-        self.classes = torch.full((256,), -1)
+        self.classes = torch.full((257,), -1)  # the last is that of -1
+        self.classes[256] = IGNORED
         self.classes[:count] = torch.arange(count)
         if is_binary:
             self.classes[[1, 255]] = torch.tensor([-1, 1])

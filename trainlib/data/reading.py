@@ -40,7 +40,7 @@ class Split:
     workers: int = 0
     """Processes that decode, where the split is read from disk."""
     classes: Mapping[str, Tensor] = field(default_factory=dict)
-    """By task with masks: [256] int64, the class number of each value, or IGNORED."""
+    """By task with masks: [257] int64, the class number, or IGNORED, of each value and of -1."""
     num_valid: Mapping[str, Tensor] = field(default_factory=dict)
     """By task: [samples] int64, how many entries of each sample's target are there."""
 

@@ -165,7 +165,8 @@ def _split_tables(
     if any(task.kind == "language_modeling" for task in tasks.values()):
         return split_language_tables(options, tables, kinds, tasks)
     inputs = input_columns(kinds, options.input, targets, options.tokenizer is not None)
-    check_columns(kinds, kinds_of(validation), inputs, targets, other_where)
+    classes = [columns_of(task)[0] for task in tasks.values() if task.kind == "classification"]
+    check_columns(kinds, kinds_of(validation), inputs, targets, classes, other_where)
     names, values = {}, {}
     for name, task in tasks.items():
         names[name], encode = open_target(task, train, kinds, where, len(tasks) > 1,
@@ -177,8 +178,9 @@ def _split_tables(
         labels = [values[name][0] for name, task in tasks.items() if task.kind == "classification"]
         is_held_out = held_out(share, len(train), [column.numpy() for column in labels])
         if not is_held_out.any():
-            raise UserError(f"{where}: no class of {targets[0]!r} has two rows, so none can be "
-                            "held out; give --data.validation_split a split or a file")
+            what = f"no class of {classes[0]!r} has two rows" if classes else "there is one row"
+            raise UserError(f"{where}: {what}, so none can be held out; give "
+                            "--data.validation_split a split or a file")
         rows = (np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out))
         held = f"{share:.3g} of them held out for validation, the same whatever the seed"
     else:

@@ -25,7 +25,8 @@ from trainlib.data.columns import (
     read_labels,
     refuse,
 )
-from trainlib.data.decoding import Decoder, MaskDecoder, NumberDecoder
+from trainlib.data.decoding import Decoder, MaskDecoder, NumberDecoder, nesting
+from trainlib.data.masks import ListMasks
 from trainlib.losses import is_valid
 
 if TYPE_CHECKING:
@@ -46,9 +47,9 @@ class TargetInfo:
     vocab_size: int = 0
     """Of the tokens that are predicted."""
     bytes_per_token: float = 1.0
-    """Of the text that is validated on."""
+    """Of the texts that are validated on or, of one text, of the whole."""
     may_miss: bool = False
-    """Whether any sample lacks this target."""
+    """Whether any sample lacks an entry of this target."""
 
 
 Encoder = Callable[["datasets.Dataset", str], "Tensor | Decoder"]
@@ -89,7 +90,7 @@ def open_target(
         masks = MaskDecoder(table, first, 1, image_size, where)
         return [], masks.on
     if kinds[first] == LIST and not image_size:
-        return [], NumberDecoder(table, [first], True, where).on
+        return [], ListMasks(NumberDecoder(table, [first], True, where), task.ignore_index).on
     raise UserError(f"{where}: {first!r} holds {kinds[first]} values; the target of a segmentation "
                     "holds images of class numbers, or lists of them without data.image_size")
 
@@ -133,13 +134,12 @@ def _read_label_sets(task, table, kinds, where, may_miss) -> tuple[list[str], En
         def numbers(table: datasets.Dataset, where: str) -> np.ndarray:
             return np.stack([read_floats(table, column) for column in columns], 1)
     elif kinds[first] == "list of text" or hasattr(element, "names"):
-        declared = getattr(element, "names", None)
-        found = sorted({v for row in read_column(table, first).to_pylist() if row for v in row})
-        names = list(declared or found)
-        keys = range(len(names)) if declared else names
+        rows = _label_lists(table, first, where)
+        found = sorted({value for row in rows for value in row or ()})
+        names = list(getattr(element, "names", None) or found)
 
         def numbers(table: datasets.Dataset, where: str) -> np.ndarray:
-            return _sets(table, first, {key: number for number, key in enumerate(keys)}, where)
+            return _sets(_label_lists(table, first, where), first, names, where)
     elif kinds[first] == LIST:
         width = _first_length(table, first)
         names = task.label_names or [f"{first}[{number}]" for number in range(width)]
@@ -155,6 +155,9 @@ def _read_label_sets(task, table, kinds, where, may_miss) -> tuple[list[str], En
                         "list of names")
     if not names:
         raise UserError(f"{where}: {first!r} has no label in any row")
+    if task.label_names and names != task.label_names:
+        raise UserError(f"{where}: label_names is for lists of 0 and 1; the labels here are "
+                        f"{', '.join(names)}")
 
     def encode(table: datasets.Dataset, where: str) -> Tensor:
         values = numbers(table, where)
@@ -175,12 +178,14 @@ def _missing_rows_refused(values: np.ndarray, what: str, where: str, may_miss: b
 
 
 def _first_length(table: datasets.Dataset, column: str) -> int:
-    """The length of the first list that is there, or 0."""
+    """The length of the first list that has an entry, or 0."""
     return next((len(row) for row in read_column(table, column).to_pylist() if row), 0)
 
 
 def _lists(table: datasets.Dataset, column: str, where: str, width: int) -> np.ndarray:
     """[rows, width] float64 of lists of one length; a row without a list is NaN."""
+    if nesting(table, column)[0] != 1:
+        raise UserError(f"{where}: {column!r} holds lists of lists; a target is one list a row")
     rows = read_column(table, column).to_pylist()
     refuse([row is not None and len(row) != width for row in rows], where,
            f"{column!r} has lists of another length than {width}, the first one's,")
@@ -189,11 +194,28 @@ def _lists(table: datasets.Dataset, column: str, where: str, width: int) -> np.n
         len(rows), width)
 
 
-def _sets(table: datasets.Dataset, column: str, places: dict, where: str) -> np.ndarray:
-    """[rows, labels] float64, 1 for each label that a row lists; a row without a list is NaN."""
+def _label_lists(table: datasets.Dataset, column: str, where: str) -> list[list[str] | None]:
+    """The names of the labels that each row lists, of a column of names or of class labels."""
     rows = read_column(table, column).to_pylist()
+    refuse([row is not None and None in row for row in rows], where,
+           f"{column!r} lacks a name in its list")
+    names = getattr(getattr(table.features[column], "feature", None), "names", None)
+    if names is None:
+        return rows
+    refuse([not all(0 <= value < len(names) for value in row or ()) for row in rows], where,
+           f"labels of {column!r} outside 0..{len(names) - 1}")
+    return [row if row is None else [names[value] for value in row] for row in rows]
+
+
+def _sets(
+    rows: list[list[str] | None], column: str, names: list[str], where: str
+) -> np.ndarray:
+    """[rows, labels] float64, 1 for each label that a row lists; a row without a list is NaN."""
+    places = {name: number for number, name in enumerate(names)}
+    unknown = sorted({value for row in rows for value in row or () if value not in places})
     refuse([any(value not in places for value in row or ()) for row in rows], where,
-           f"{column!r} has labels that the training split does not have")
+           f"{column!r} has labels that the training split does not have "
+           f"({', '.join(map(repr, unknown[:5]))})")
     values = np.zeros((len(rows), len(places)))
     for number, row in enumerate(rows):
         if row is None:
@@ -222,8 +244,11 @@ def finish(
     mean, deviation = train.nanmean(0), []
     for column, label in zip((train - mean).unbind(1), label_names, strict=True):
         known = column[~column.isnan()]
-        deviation.append(known.square().mean().sqrt() if len(known) else torch.tensor(0.0))
-        if not deviation[-1] > 1e-12 * train.abs().nan_to_num().max():
+        if not len(known):
+            raise UserError(f"tasks.{name}: no training sample has {label!r}")
+        largest = known.abs().max()  # scaled by it, no square is too large or too small
+        deviation.append(largest * (known / largest.clamp(min=1e-300)).square().mean().sqrt())
+        if not deviation[-1] > 1e-14 * (known + mean[len(deviation) - 1]).abs().max():
             raise UserError(f"tasks.{name}: {label!r} has one value only in the training rows; a "
                             "regression needs two or more")
     scale = torch.stack(deviation)
