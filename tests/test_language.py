@@ -140,7 +140,7 @@ def test_what_language_modelling_cannot_read_is_refused():
     with gzip.open("zipped.txt.gz", "wt") as file:
         file.write(LETTERS)
     table = write(text=TEXTS, y=list(range(30)))
-    assert "one.txt, training part: 105 tokens are less than one block of 128 and" in told(
+    assert "one.txt, validation part: 105 tokens are less than one block of 128 and" in told(
         model, "one.txt", block_size=128)
     assert "are less than one block of 901" in told(model, "one.txt", block_size=901)
     assert len(stream(model("zipped.txt.gz", block_size=16).validation)[1]) > 90
