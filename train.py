@@ -158,15 +158,14 @@ def main(arguments: list[str]) -> None:
         )
 
     def objective(output, targets, item_counts, mix):
-        """The micro-batch's share of the step's loss, and of each task's mean loss."""
+        """The micro-batch's share of the step's loss, whole and by task."""
         # Divided by the count of the whole global batch: sums add up over micro-batches and
         # processes, means of means do not. A task without a target in this step adds 0.
         shares = [
-            task.losses(output, targets, mix).sum() / max(item_counts[task.name], 1)
+            task.losses(output, targets, mix).sum() * (task.weight / max(item_counts[task.name], 1))
             for task in task_list
         ]
-        weighted = [task.weight * share for task, share in zip(task_list, shares, strict=True)]
-        return sum(weighted[1:], start=weighted[0]), shares
+        return sum(shares[1:], start=shares[0]), shares
 
     # ---- loop ----
     # twin loop: begin
@@ -189,13 +188,13 @@ def main(arguments: list[str]) -> None:
             sums.add("loss", shares, micro_batch.is_real)
             batch_statistics.add_to(sums["batch_norm"], micro_batch.is_real)
         sums.reduce()
-        mean_losses = sums["loss"].clone()
+        losses = sums["loss"]
         grad_norm = accelerator.clip_grad_norm_(parameters, max_grad_norm)
         if max_grad_value is not None:
             torch.nn.utils.clip_grad_value_(parameters, max_grad_value)
         # For optimizers that draw: one key on all processes, of a micro-batch that is not there.
         seed_generators(plan.forward_seed(options.seed, step, num_micro_batches))
-        if guard.allows(mean_losses, grad_norm):
+        if guard.allows(losses, grad_norm):
             if scaler is None:
                 optimizer.step()
             else:  # fp16: the gradients were unscaled before clipping
@@ -211,7 +210,7 @@ def main(arguments: list[str]) -> None:
         folder.step = state.step
 
         evaluates = is_time(state.step, eval_every, total_steps)
-        for record in readback.push(step, lr, mean_losses, grad_norm, flush=evaluates):
+        for record in readback.push(step, lr, losses, grad_norm, flush=evaluates):
             run_log.say(guard.observe(record))
             run_log.training(record, task_list)
         if evaluates:

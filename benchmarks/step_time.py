@@ -96,16 +96,15 @@ def fence_steps(model_options: models.ModelOptions, dataset: data.Dataset):
     source = ast.parse(
         "def run(num_steps):\n"
         "    for _ in range(num_steps):\n        pass\n"
-        "        for record in readback.push(step, lr, mean_losses, grad_norm, flush=False):\n"
+        "        for record in readback.push(step, lr, losses, grad_norm, flush=False):\n"
         "            guard.observe(record)\n"
     )
     source.body[0].body[0].body[0:1] = ast.parse(fenced_step()).body
 
     def objective(output, targets, item_counts, mix):
-        shares = [t.losses(output, targets, mix).sum() / max(item_counts[t.name], 1)
+        shares = [t.losses(output, targets, mix).sum() * (t.weight / max(item_counts[t.name], 1))
                   for t in task_list]
-        weighted = [t.weight * s for t, s in zip(task_list, shares, strict=True)]
-        return sum(weighted[1:], start=weighted[0]), shares
+        return sum(shares[1:], start=shares[0]), shares
 
     names = {
         "optimizer": prepared.optimizer, "scaler": None, "state": Progress(), "model": model,

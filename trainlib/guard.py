@@ -28,12 +28,13 @@ class StepRecord(NamedTuple):
 
     step: int
     lr: float
-    mean_losses: list[float]
+    losses: list[float]
+    """By task: its weight times its mean loss."""
     grad_norm: float
 
     @property
     def is_finite(self) -> bool:
-        return all(map(math.isfinite, [*self.mean_losses, self.grad_norm]))
+        return all(map(math.isfinite, [*self.losses, self.grad_norm]))
 
 
 class Readback:
@@ -44,20 +45,20 @@ class Readback:
         self._pending: list[tuple[int, float, Tensor, torch.cuda.Event]] = []
 
     def push(
-        self, step: int, lr: float, mean_losses: Tensor, grad_norm: Tensor, flush: bool
+        self, step: int, lr: float, losses: Tensor, grad_norm: Tensor, flush: bool
     ) -> list[StepRecord]:
         """Hands a step's values over.
 
         Args:
-            mean_losses: [tasks]; grad_norm: scalar.
+            losses: [tasks]; grad_norm: scalar.
             flush: wait for this very step, too.
 
         Returns:
             The records that are on the host now, oldest first.
         """
         if not self.is_late:
-            return [StepRecord(step, lr, mean_losses.tolist(), grad_norm.item())]
-        values = torch.cat([mean_losses, grad_norm.to(mean_losses.dtype).view(1)])
+            return [StepRecord(step, lr, losses.tolist(), grad_norm.item())]
+        values = torch.cat([losses, grad_norm.to(losses.dtype).view(1)])
         values = values.to("cpu", non_blocking=True)
         event = torch.cuda.Event()
         event.record()
@@ -126,7 +127,7 @@ class Guard:
         if self._is_scale_search(record):
             return None
         self.bad_in_a_row += 1
-        what = "loss" if not all(map(math.isfinite, record.mean_losses)) else "gradient"
+        what = "loss" if not all(map(math.isfinite, record.losses)) else "gradient"
         line = f"step {record.step}: the {what} is not finite; update skipped on all processes"
         if self.bad_steps_file is not None:
             details = self.inspect_step(record.step)
@@ -147,5 +148,5 @@ class Guard:
 
     def _is_scale_search(self, record: StepRecord) -> bool:
         """Whether fp16's scaler overflowed on its way to a fitting scale (below 1, none fits)."""
-        losses_are_finite = all(map(math.isfinite, record.mean_losses))
+        losses_are_finite = all(map(math.isfinite, record.losses))
         return self.scaler is not None and losses_are_finite and self.scaler.get_scale() >= 1

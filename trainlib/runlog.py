@@ -83,17 +83,15 @@ class RunLog:
         if not self.is_main:
             return
         step, now = record.step + 1, time.perf_counter()
-        self._train_loss = sum(
-            task.weight * mean for task, mean in zip(tasks, record.mean_losses, strict=True)
-        )
+        self._train_loss = sum(record.losses)
         if not is_time(step, self.every, self.total_steps):
             return
         (last_step, last_time), self._last = self._last, (step, now)
         rate = (step - last_step) * self.samples_per_step / (now - last_time)
         losses = {"train/loss": self._train_loss}
         if len(tasks) > 1:
-            losses |= {f"train/{t.name}/loss": m
-                       for t, m in zip(tasks, record.mean_losses, strict=True)}
+            losses |= {f"train/{task.name}/loss": loss / task.weight
+                       for task, loss in zip(tasks, record.losses, strict=True)}
         self._write(step, losses | {
             "train/lr": record.lr, "train/grad_norm": record.grad_norm,
             "speed/samples_per_second": rate, "memory/peak_gib": self._peak_gib(),

@@ -86,7 +86,8 @@ def load(source: Source, options: DataOptions, tasks: Mapping[str, TaskOptions])
     for name in masks:
         check_sizes(name, tuple(first.shape), tuple(first_targets[name].shape), train.where)
     # What is broken or missing is better told now than after hours; tokens have been looked at.
-    reads = in_memory or not is_text
+    is_bytes = first.dtype == torch.uint8
+    reads = in_memory or not is_text and (moments is not None or masks or not is_bytes)
     largest = [0]
     splits = []
     for part, counts in ((train, moments), (validation, None)):

@@ -35,6 +35,7 @@ def build_tasks(
         UserError: arguments that the loss refuses, or thresholds that are not one a label.
     """
     tasks = []
+    have_one_target = len({(str(task.target), task.kind) for task in options.values()}) == 1
     for name, task in options.items():
         target = targets[name]
         is_own = task.loss not in losses.LOSSES
@@ -42,6 +43,7 @@ def build_tasks(
             "name": name, "label_names": target.label_names, "weight": task.weight,
             "loss": partial(find_loss(task.loss), **task.loss_args),
             "loss_name": "" if is_own else task.loss, "may_miss": target.may_miss,
+            "takes_all": have_one_target,
         }
         if task.kind == "classification":
             given["top_k"] = task.top_k
@@ -69,8 +71,8 @@ def _thresholds(name: str, given: float | list[float], label_names: list[str]) -
 
 
 def num_outputs(tasks: list[Task]) -> int | dict[str, int]:
-    """How many numbers a model gives for an item, by task if there are several."""
-    if len(tasks) == 1:
+    """How many numbers a model gives for an item, by task if there are several targets."""
+    if tasks[0].takes_all and len({task.num_outputs for task in tasks}) == 1:
         return tasks[0].num_outputs
     return {task.name: task.num_outputs for task in tasks}
 

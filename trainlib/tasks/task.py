@@ -32,7 +32,9 @@ class Task:
     loss_name: str
     """Of a loss in ``losses``; none: the user's own, which is not shown missing targets."""
     may_miss: bool = False
-    """Whether any sample lacks the target."""
+    """Whether any sample lacks an entry of the target."""
+    takes_all: bool = True
+    """Whether an output that is not named belongs to this task: all tasks have one target."""
 
     kind = ""
     monitor = "loss"
@@ -59,7 +61,7 @@ class Task:
         if not isinstance(output, Mapping):
             return output
         for key in (self.name, "logits", "out"):  # the last is torchvision's
-            if key in output:
+            if key in output and (self.takes_all or key == self.name):
                 return output[key]
         return output
 
@@ -163,6 +165,8 @@ class Task:
             what = f"a mapping of {', '.join(map(str, given))}"
         elif not isinstance(given, Tensor):
             what = f"a {type(given).__name__}"
+        elif not self.takes_all and given is output:
+            what = f"one tensor, {tuple(given.shape)}"
         elif given.is_floating_point() and self.fits(given, target):
             return
         else:
