@@ -302,12 +302,20 @@ def test_dynamo_from_the_launcher_leaves_no_trace_in_the_names(tmp_path, monkeyp
 @pytest.mark.parametrize(
     "recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem
 )
-def test_recipes_train(tmp_path, recipe):
+def test_recipes_train(tmp_path, recipe, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    examples = {"csv": "wine.csv", "image_folder": "digit_images",
+                "text_classification": "characters.csv"}
     sources = {}
-    if recipe.stem in ("csv", "image_folder"):
+    if recipe.stem in examples:
         result = launch([str(tmp_path)], script="recipes/example_data.py")
         assert result.returncode == 0, result.stderr
-        sources = {"source": "wine.csv" if recipe.stem == "csv" else "digit_images"}
+        sources = {"source": examples[recipe.stem]}
+    if recipe.stem == "text_classification":
+        pytest.importorskip("transformers", reason="the recipe needs transformers")
+    if recipe.stem == "tinyshakespeare_gpt":
+        (tmp_path / "verse.txt").write_text("To be, or not to be, that is the question:\n" * 200)
+        sources = {"source": "verse.txt"}
     if recipe.stem == "cifar10_resnet":
         sources = {"source": "cifar10-train.parquet", "validation_split": "cifar10-test.parquet"}
         for name in sources.values():
