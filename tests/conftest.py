@@ -4,6 +4,7 @@ import os
 import sys
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 from PIL import Image
@@ -25,3 +26,12 @@ def image_folder(tmp_path) -> str:
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(random.integers(0, 256, (6, 5, 3), dtype=np.uint8)).save(file)
     return str(tmp_path / "images")
+
+
+@pytest.fixture
+def own_folder(tmp_path, monkeypatch):
+    """A folder to work in, with caches of its own."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "tokens"))
+    datasets.disable_progress_bars()
+    monkeypatch.chdir(tmp_path)

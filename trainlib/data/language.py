@@ -165,11 +165,8 @@ def _parts(options, name, train, validation, description) -> Parts:
         parts.append(Part(where, inputs, np.arange(num_rows), {}, {name: targets},
                           {name: targets.num_valid()}))
     tokens = validation[1]
-    unit = "blocks" if options.packing else "texts"
-    return Parts(
-        *parts, {name: TargetInfo([], vocab_size=tokens.vocab_size,
-                                  bytes_per_token=tokens.bytes_per_token)},
-        f"{description}; {options.tokenizer} tokens in {unit} of "
-        f"{'' if options.packing else 'at most '}{options.block_size}",
-        tokens.vocab_size, tokens.pad_id,
-    )
+    vocab_size = max(train[1].vocab_size, tokens.vocab_size)
+    info = TargetInfo([], vocab_size=vocab_size, bytes_per_token=tokens.bytes_per_token)
+    size = f"{'blocks of' if options.packing else 'texts of at most'} {options.block_size}"
+    return Parts(*parts, {name: info}, f"{description}; {options.tokenizer} tokens in {size}",
+                 vocab_size, tokens.pad_id)
