@@ -83,7 +83,7 @@ def main(arguments: list[str]) -> None:
 
     # ---- model and optimizer ----
     model_options = models.complete(
-        options.model, tuple(example.shape[1:]), tasks.num_outputs(task_list), dataset.vocab_size,
+        options.model, tuple(example.shape[1:]), tasks.num_outputs(task_list), dataset.token_range,
         dataset.pad_id,
     )
     torch.manual_seed(options.seed)
@@ -212,7 +212,7 @@ def main(arguments: list[str]) -> None:
         evaluates = is_time(state.step, eval_every, total_steps)
         for record in readback.push(step, lr, losses, grad_norm, flush=evaluates):
             run_log.say(guard.observe(record))
-            run_log.training(record, task_list)
+            run_log.training(record, task_list, reader.item_counts)
         if evaluates:
             started = time.perf_counter()
             with averaged():

@@ -49,7 +49,7 @@ def refusal(*targets, **options) -> str:
 def test_classes_are_the_values_in_ascending_order_and_keep_their_names(values, names, tmp_path):
     dataset = load("y", source=write(tmp_path, values),
                    validation_split=write(tmp_path, values[::-1][:2], "other"))
-    assert dataset.label_names == {"y": names}
+    assert dataset.targets["y"].label_names == names
     classes = sorted(set(values))
     wanted = torch.tensor([classes.index(value) for value in values])
     assert dataset.train.targets["y"].equal(wanted)
@@ -58,7 +58,7 @@ def test_classes_are_the_values_in_ascending_order_and_keep_their_names(values, 
 
 def test_class_labels_are_matched_by_name_and_all_their_names_are_kept(tmp_path):
     train = write(tmp_path, [2, 0, 2, 0], y=datasets.ClassLabel(names=["z", "never", "a"]))
-    assert load("y", source=train).label_names == {"y": ["z", "never", "a"]}
+    assert load("y", source=train).targets["y"].label_names == ["z", "never", "a"]
     for other in (
         write(tmp_path, [0, 1], "numbered", y=datasets.ClassLabel(names=["z", "a"])),
         write(tmp_path, ["z", "a"], "named"),
@@ -67,7 +67,7 @@ def test_class_labels_are_matched_by_name_and_all_their_names_are_kept(tmp_path)
         assert dataset.validation.targets["y"].tolist() == [0, 2]
         swapped = load("y", source=other, validation_split=train)
         assert swapped.validation.targets["y"].tolist() == [
-            swapped.label_names["y"].index(name) for name in "azaz"]
+            swapped.targets["y"].label_names.index(name) for name in "azaz"]
     unseen = write(tmp_path, [1, 0], "unseen", y=datasets.ClassLabel(names=["z", "never"]))
     assert "not have ('never') in 1 of 2 rows, first in row 0" in refusal(
         "y", source=train, validation_split=unseen)

@@ -99,8 +99,8 @@ def test_multilabel_with_thresholds_and_missing_entries(size, batch_size):
 @pytest.mark.parametrize("loss", ["mse", "l1", "huber"])
 def test_regression_in_the_units_of_the_target(size, batch_size, loss):
     mean, deviation = (1e6, -3.0), (250.0, 0.1)
-    task = build(TargetInfo(["a", "b"], mean, deviation, may_miss=True), kind="regression",
-                 loss=loss)
+    info = TargetInfo(["a", "b"], mean, deviation, (0.1, -0.2), may_miss=True)
+    task = build(info, kind="regression", loss=loss)
     outputs, target = randn(size, 2), randn(2, size).T.double()
     missing = holes((size, 2), 0.2)
     result = result_of(task, outputs, target.masked_fill(missing, NAN), batch_size)
@@ -118,7 +118,7 @@ def test_regression_in_the_units_of_the_target(size, batch_size, loss):
 
 
 def test_one_number_may_come_as_batch_or_batch_by_one():
-    task = build(TargetInfo(["a"], (0.0,), (1.0,)), kind="regression")
+    task = build(TargetInfo(["a"], (0.0,), (1.0,), (0.0,)), kind="regression")
     target = {"it": randn(4, 1).double()}
     wide, flat = torch.ones(4, 1), torch.ones(4)
     assert task.losses(wide, target).equal(task.losses(flat, target))
@@ -178,10 +178,44 @@ def test_language_modeling_counts_every_token_once(size, batch_size):
     assert result["loss"] == pytest.approx(exact, rel=1e-6)
 
 
+@pytest.mark.parametrize("options", [{"loss": "focal"}, {"loss_args": {"label_smoothing": 0.3}}])
+def test_perplexity_is_the_plain_cross_entropys_whatever_the_loss_is(options):
+    info = TargetInfo([], vocab_size=11, may_miss=True)
+    outputs, target = randn(9, 5, 11), torch.randint(11, (9, 5)).masked_fill(holes((9, 5)), IGNORED)
+    plain = result_of(build(info, kind="language_modeling"), outputs, target, 4)
+    other = result_of(build(info, kind="language_modeling", **options), outputs, target, 4)
+    assert other["perplexity"] == pytest.approx(plain["perplexity"], rel=1e-12)
+    assert other["loss"] != pytest.approx(plain["loss"], rel=1e-4)
+
+
+def test_r2_far_from_the_training_mean_keeps_its_digits(far=1e6):
+    target = (far + randn(3, 50).T[:, :1]).double()
+    outputs = (target + 0.1 * randn(50, 1)).float().double()
+    task = build(TargetInfo(["a"], (0.0,), (1.0,), tuple(target.mean(0).tolist())),
+                 kind="regression")
+    split = data.Split(outputs, {"it": target}, torch.arange(50))
+    reader = data.EvalReader(split, 7, 0, 1, CPU)
+    result = evaluate(nn.Identity(), reader, [task], Accelerator(cpu=True))["it"]
+    assert result["r2"] == pytest.approx(oracle.r2_score(target, outputs), rel=1e-9)
+
+
+def test_a_loss_a_sample_cannot_tell_missing_parts(tmp_path):
+    file = tmp_path / "own.py"
+    file.write_text("def loss(output, target):\n    return (output - target).square().mean(1)\n")
+    info = TargetInfo(["a", "b"], may_miss=True)
+    build(info, kind="multilabel", loss=f"{file}:loss")
+    with pytest.raises(UserError, match="one loss a sample, but of some targets a part is missing"):
+        build(TargetInfo(["a", "b"], may_miss=True, misses_parts=True), kind="multilabel",
+              loss=f"{file}:loss")
+
+
 def test_losses_of_the_model_itself_are_taken_and_checked():
     task = build(TargetInfo([], vocab_size=11), kind="language_modeling")
-    target, losses = {"it": torch.zeros(2, 5, dtype=torch.int64)}, torch.rand(2, 5)
-    assert task.losses({"losses": losses}, target) is losses
+    target, losses = {"it": torch.zeros(2, 5, dtype=torch.int64)}, torch.rand(2, 5).half()
+    target["it"][0, 3] = IGNORED
+    taken = task.losses({"losses": losses}, target)
+    assert taken.dtype == torch.float32 and taken[0, 3] == 0  # whatever the model says there
+    assert taken.sum() == losses.float().sum() - losses[0, 3].float()
     task.check_output({"losses": losses}, target, ["it"])
     with pytest.raises(UserError, match=r"losses are \(10,\), task 'it' needs \(2, 5\)"):
         task.check_output({"losses": losses.flatten()}, target, ["it"])
@@ -190,7 +224,7 @@ def test_losses_of_the_model_itself_are_taken_and_checked():
 KINDS = {
     "classification": TargetInfo(["a", "b", "c"], may_miss=True),
     "multilabel": TargetInfo(["a", "b", "c"], may_miss=True),
-    "regression": TargetInfo(["a", "b", "c"], (0.0,) * 3, (1.0,) * 3, may_miss=True),
+    "regression": TargetInfo(["a", "b", "c"], (0.0,) * 3, (1.0,) * 3, (0.0,) * 3, may_miss=True),
     "segmentation": TargetInfo(["a", "b", "c"], may_miss=True),
     "language_modeling": TargetInfo([], vocab_size=3, may_miss=True),
 }

@@ -16,6 +16,7 @@ from trainlib.tasks import TaskOptions
 pytestmark = pytest.mark.usefixtures("own_folder")
 LETTERS = "".join(chr(33 + place % 90) for place in range(1000))
 TEXTS = ["Grüße", "", "a" * 30, None, "hello world", "b", "cc", "世界", "d " * 9, "e"] * 3
+WHOLE = [text or "" for text in TEXTS]
 
 
 def write(name="train", **columns) -> str:
@@ -59,8 +60,8 @@ def test_of_one_text_the_last_part_is_held_out_and_all_is_predicted(share, block
     assert abs(len(predicted[1]) - share * len(whole)) <= block_size + 1
     inputs, targets = dataset.example()
     assert inputs.dtype == targets["text"].dtype == torch.int64
-    assert (dataset.vocab_size, dataset.pad_id, dataset.mean) == (256, 0, None)
-    assert dataset.targets["text"].vocab_size == 256 and dataset.label_names == {"text": []}
+    assert (dataset.token_range, dataset.pad_id, dataset.mean) == ((0, 255), 0, None)
+    assert dataset.targets["text"].vocab_size == 256 and dataset.targets["text"].label_names == []
     assert predicted[0] + predicted[1] == whole[1:]
 
 
@@ -113,7 +114,7 @@ def test_bytes_per_token_are_those_of_what_is_validated_on_or_of_one_whole_text(
     options = {"tokenizer": "words.json", "block_size": 10}
     dataset = model(write(text=["a " * 50] * 3), validation_split=write("other", text=[
         "wonderful " * 50]), **options)
-    assert dataset.targets["text"].bytes_per_token == 10 and dataset.vocab_size == 3
+    assert dataset.targets["text"].bytes_per_token == 10 and dataset.token_range == (0, 3)
     one = model(write(text=["a " * 900 + "wonderful " * 100]), **options)
     assert one.targets["text"].bytes_per_token == pytest.approx(2.8, rel=0.02)
 
@@ -186,35 +187,40 @@ def test_the_reference_of_python_comes_with_it():
 @pytest.mark.parametrize("block_size", [4, 256])
 def test_texts_as_inputs_are_padded_to_the_longest_but_at_most_block_size(options, block_size):
     other = ["x" * 300, "y"]
-    dataset = classify(write(text=TEXTS, y=["p", "q"] * 15), block_size=block_size,
+    dataset = classify(write(text=WHOLE, y=["p", "q"] * 15), block_size=block_size,
                        validation_split=write("other", text=other, y=["q", "p"]), **options)
     length = min(block_size, 30)
-    for split, texts in ((dataset.train, TEXTS), (dataset.validation, other)):
+    for split, texts in ((dataset.train, WHOLE), (dataset.validation, other)):
         wanted = [(text or "").encode()[:length].ljust(length, b"\0") for text in texts]
         inputs, targets = split.read(np.arange(len(split)))
         assert [bytes(row) for row in inputs.tolist()] == wanted
     assert targets["y"].tolist() == [1, 0] and dataset.mean is None
-    assert (dataset.vocab_size, dataset.pad_id) == (256, 0)
+    assert (dataset.token_range, dataset.pad_id) == ((0, 255), 0)
     assert dataset.example()[0].dtype == torch.int64
 
 
 def test_texts_are_inputs_of_other_kinds_of_tasks():
-    numbers = classify(write(text=TEXTS, y=np.arange(30.0)), "regression")
+    numbers = classify(write(text=WHOLE, y=np.arange(30.0)), "regression")
     assert numbers.train.targets["y"].dtype == torch.float64 and len(numbers.validation) == 3
-    labels = classify(write(text=TEXTS, y=[["a"], ["b", "a"]] * 15), "multilabel")
-    assert labels.label_names["y"] == ["a", "b"]
+    labels = classify(write(text=WHOLE, y=[["a"], ["b", "a"]] * 15), "multilabel")
+    assert labels.targets["y"].label_names == ["a", "b"]
 
 
 def test_what_does_not_fit_texts_as_inputs_is_refused():
-    table = write(text=TEXTS, n=np.arange(30.0), y=["p", "q"] * 15)
+    table = write(text=WHOLE, n=np.arange(30.0), y=["p", "q"] * 15)
     assert "data.input: 'text' holds text, which needs a tokenizer" in refusal(
         classify, table, tokenizer=None, input="text")
     assert "data.tokenizer: the input 'n' holds number values, no text; leave it out" in refusal(
         classify, table, input="n")
     assert "several columns could be the input: text, more; choose one" in refusal(
-        classify, write(text=TEXTS, more=TEXTS, y=["p", "q"] * 15))
+        classify, write(text=WHOLE, more=WHOLE, y=["p", "q"] * 15))
     assert "data.image_size: has no meaning here" in refusal(
-        classify, write(text=TEXTS, y=["p", "q"] * 15), image_size=8)
+        classify, write(text=WHOLE, y=["p", "q"] * 15), image_size=8)
     assert "there is no text in 2 rows" in refusal(
         classify, write(text=["", ""], y=["p", "q"]), validation_split=write(
             "other", text=["a"], y=["p"]))
+
+
+def test_missing_texts_are_refused_as_inputs():
+    table = write(text=TEXTS, y=["p", "q"] * 15)
+    assert "the text 'text' is missing in 3 of 30 rows, first in row 3" in refusal(classify, table)

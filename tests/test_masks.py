@@ -75,7 +75,7 @@ def test_masks_are_class_numbers_in_whatever_they_lie(mode, form, dtype, options
     inputs, targets = everything(dataset.train)
     assert targets.dtype == torch.int64 and np.array_equal(targets, masks)
     assert np.array_equal(inputs.permute(0, 2, 3, 1), IMAGES)
-    assert dataset.label_names["y"] == [str(number) for number in range(masks.max() + 1)]
+    assert dataset.targets["y"].label_names == [str(number) for number in range(masks.max() + 1)]
     assert dataset.train.num_valid["y"].tolist() == [24] * 8
 
 
@@ -100,11 +100,11 @@ def test_masks_of_0_and_255_have_two_classes():
     for given in (masks, [encode(mask) for mask in masks]):
         dataset = segment(given, options={"label_names": ["paper", "ink"]})
         assert np.array_equal(everything(dataset.train)[1], masks // 255)
-        assert dataset.label_names["y"] == ["paper", "ink"]
+        assert dataset.targets["y"].label_names == ["paper", "ink"]
     assert "other.parquet, row 0: the mask of task 'y' has the value 1, which no training" in (
         refused(masks, drawn([0, 1])))
     three = segment(drawn([0, 1, 255]), options={"ignore_index": 255})  # unless 255 is ignored
-    assert three.label_names["y"] == ["0", "1"]
+    assert three.targets["y"].label_names == ["0", "1"]
     assert "the class 0 only" in refused(masks, options={"ignore_index": 255})
     assert np.array_equal(everything(segment(masks, masks[:1] * 0).validation)[1], masks[:1] * 0)
 
@@ -126,7 +126,7 @@ def test_masks_with_ignored_pixels_miss_some():
     assert segment(drawn([0, 1, 255]), options={"ignore_index": 255}).targets["y"].may_miss
 
 
-@pytest.mark.parametrize("ignored, value", [(-100, 156), (-1, 255), (300, 44)])
+@pytest.mark.parametrize("ignored, value", [(-100, 156), (-2, 254), (300, 44)])
 def test_bytes_are_not_taken_for_an_ignored_number_outside_them(ignored, value):
     files = [encode(mask) for mask in drawn([0, 1, value])]
     dataset = segment(files, options={"ignore_index": ignored})
@@ -165,7 +165,7 @@ def test_masks_that_are_none_are_refused():
     assert "tasks.y.label_names: 2 names, the masks have class numbers up to 3" in refused(
         drawn([0, 3]), options={"label_names": ["a", "b"]})
     named = segment(binary, drawn([0, 1, 2]), options={"label_names": ["a", "b", "c"]})
-    assert named.label_names["y"] == ["a", "b", "c"]  # which training has not, but is known
+    assert named.targets["y"].label_names == ["a", "b", "c"]  # which training has not, but is known
     assert "or lists of them without data.image_size" in refused(binary, image_size=4)
     assert "'y' holds text values; the target of a segmentation holds images" in refused(["a"] * 8)
     assert "a segmentation task has one target column, got y, y" in refused(
@@ -211,3 +211,8 @@ def test_crop_and_flip_move_masks_along_with_their_pixels(options):
     assert targets["other"] is place["other"]
     torch.manual_seed(7)
     assert Augment(**options)(images, place)[0].equal(inputs)  # masks change no image
+
+
+def test_255_above_a_gap_is_asked_about():
+    message = refusal(segment, [encode(mask) for mask in drawn([0, 1, 2, 255])])
+    assert "have the values 0, 1, 2 and 255" in message and "--tasks.y.ignore_index 255" in message

@@ -97,7 +97,7 @@ def write(folder, form: str) -> str:
 ])
 def test_every_format_of_one_table_gives_the_same_tensors(form, tmp_path):
     dataset = load("kind", source=write(tmp_path, form))
-    assert dataset.label_names == {"kind": ["apple", "fig", "pear"]}
+    assert dataset.targets["kind"].label_names == ["apple", "fig", "pear"]
     rows = [part.rows.tolist() for part in (dataset.train, dataset.validation)]
     assert sorted(rows[0] + rows[1]) == list(range(24)) and len(rows[1]) == 2
     for part in (dataset.train, dataset.validation):
@@ -120,7 +120,7 @@ def test_a_folder_of_class_folders_loses_no_image_whatever_its_name(tmp_path):
     (tmp_path / "ox" / "notes.txt").write_text("no image")
     (tmp_path / ".hidden").mkdir()
     dataset = load("label", source=str(tmp_path), validation_split=0.2)
-    assert dataset.label_names["label"] == ["ox", "test tube", "train"]
+    assert dataset.targets["label"].label_names == ["ox", "test tube", "train"]
     by_row = dict(zip(dataset.train.rows.tolist(), dataset.train.targets["label"].tolist(),
                       strict=True))
     by_row |= dict(zip(dataset.validation.rows.tolist(),
@@ -133,7 +133,7 @@ def test_a_folder_of_splits_is_read_by_split_with_the_training_classes(tmp_path)
     for name, value in (("train/cat/1.png", 1), ("train/ant/1.png", 0), ("val/cat/1.png", 5)):
         paint(tmp_path / name, value)
     dataset = load("label", source=str(tmp_path))
-    assert dataset.label_names["label"] == ["ant", "cat"]
+    assert dataset.targets["label"].label_names == ["ant", "cat"]
     assert dataset.validation.targets["label"].tolist() == [1]  # 0 in its own folder
     assert dataset.validation.inputs.unique().tolist() == [5]
     paint(tmp_path / "val/eel/1.png", 1)

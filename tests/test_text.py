@@ -310,15 +310,17 @@ def test_hugging_face_tokenizers_give_what_transformers_gives(tokenizer_file, tm
 def test_large_vocabularies_have_numbers_of_32_bits(tmp_path, cache):
     pytest.importorskip("transformers")
     for count, dtype in ((2**15, np.int16), (2**15 + 1, np.int32)):
-        words = {f"w{number}": number for number in range(count)}
+        words = {f"w{number}": number for number in range(count - 1)} | {"[PAD]": count - 1}
         tokenizer = load_tokenizer(word_tokenizer(tmp_path / "words.json", words, "w0"), True)
-        assert (tokenizer.pad_id, tokenizer.end_id) == (0, None)
-        tokens = make([f"w{count - 1} w1", "other"], cache, tokenizer)
+        assert (tokenizer.pad_id, tokenizer.end_id) == (count - 1, None)
+        tokens = make([f"w{count - 2} w1", "other"], cache, tokenizer)
         assert (tokenizer.vocab_size, tokens.vocab_size, tokens.ids.dtype) == (count, count, dtype)
-        assert tokens.ids.tolist() == [count - 1, 1, 0]
+        assert tokens.ids.tolist() == [count - 2, 1, 0]
         assert PackedBlocks(tokens, 0, 3, 2, True)(np.arange(1)).numpy().dtype == dtype
     with_gap = word_tokenizer(tmp_path / "gap.json", {"a": 0, "b": 70_000}, "a")
-    assert load_tokenizer(with_gap, True).vocab_size == 70_001
+    tokenizer = load_tokenizer(with_gap, True)
+    # No real token is taken for padding, where none is there for it.
+    assert (tokenizer.pad_id, tokenizer.vocab_size) == (70_001, 70_002)
 
 
 def test_texts_that_cannot_be_tokenised_are_named(cache, tmp_path):

@@ -103,8 +103,10 @@ def try_model(
         try:
             output = model(inputs, **arguments(targets))
         except Exception as error:  # whatever a net of the user's own raises
+            hint = "" if inputs.is_floating_point() else (
+                "; these are token numbers, for nets that begin with an embedding, such as gpt")
             raise UserError(f"the model cannot take inputs of shape {tuple(inputs.shape)}{what}: "
-                            f"{describe_error(error)}") from error
+                            f"{describe_error(error)}{hint}") from error
         for task in tasks:
             task.check_output(output, targets, [task.name for task in tasks])
         try:

@@ -283,12 +283,9 @@ def multilabel_report(metrics: dict, label_names: list[str]) -> str:
 
 def regression_report(metrics: dict, column_names: list[str]) -> str:
     """The metrics of ``regression_metrics`` as text: four digits, as errors are of any size."""
-    mean = {name: metrics[name] for name in ("mae", "rmse", "r2")}
-    mean["support"] = sum(entry["support"] for entry in metrics["columns"])
     entries = [{name: value if name == "support" else f"{value:.4g}"
-                for name, value in entry.items()} for entry in [*metrics["columns"], mean]]
-    rows = _named([*column_names, "mean"], entries)
-    return _table(["mae", "rmse", "r2"], rows[:-1], rows[-1:])
+                for name, value in entry.items()} for entry in metrics["columns"]]
+    return _table(["mae", "rmse", "r2"], _named(column_names, entries))
 
 
 def segmentation_report(metrics: dict, label_names: list[str]) -> str:

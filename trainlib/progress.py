@@ -92,7 +92,7 @@ def check_monitor(monitor: str, names: list[str]) -> bool:
     """
     if monitor not in names:
         raise UserError(f"loop.monitor: unknown key {monitor!r}{nearest(monitor, names)}")
-    return monitor.rsplit("/")[-1] in _LOWER_IS_BETTER
+    return monitor.endswith(_LOWER_IS_BETTER)
 
 
 def plan_steps(

@@ -13,6 +13,7 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -75,10 +76,16 @@ class RunLog:
             tqdm.write(line, file=sys.stdout)
             sys.stdout.flush()
 
-    def training(self, record: StepRecord, tasks: list[Task]) -> None:
+    def training(
+        self, record: StepRecord, tasks: list[Task], item_counts: Callable[[int], dict[str, int]]
+    ) -> None:
         """Takes a step in, and records it when it is time.
 
-        The losses are means over its global batch, by task if there are several.
+        The losses are means over its global batch, by task if there are several; of a task without
+        a target in it there is none.
+
+        Args:
+            item_counts: from a step to the items of each task.
         """
         if not self.is_main:
             return
@@ -90,8 +97,11 @@ class RunLog:
         rate = (step - last_step) * self.samples_per_step / (now - last_time)
         losses = {"train/loss": self._train_loss}
         if len(tasks) > 1:
-            losses |= {f"train/{task.name}/loss": loss / task.weight
-                       for task, loss in zip(tasks, record.losses, strict=True)}
+            counts = item_counts(record.step)
+            losses |= {
+                f"train/{task.name}/loss": loss / task.weight if counts[task.name] else math.nan
+                for task, loss in zip(tasks, record.losses, strict=True)
+            }
         self._write(step, losses | {
             "train/lr": record.lr, "train/grad_norm": record.grad_norm,
             "speed/samples_per_second": rate, "memory/peak_gib": self._peak_gib(),

@@ -91,7 +91,10 @@ def input_columns(
         found = [name for name, kind in kinds.items()
                  if kind in (INTEGER, NUMBER) and name not in targets]
         if not found:
-            hint = "; a text needs --data.tokenizer" if TEXT in kinds.values() else ""
+            hint = ""
+            if TEXT in kinds.values():
+                hint = ("; a model of the text itself has --tasks.NAME.kind language_modeling"
+                        if reads_text else "; a text needs --data.tokenizer")
             raise UserError(f"data.input: no column of images or numbers besides the target; the "
                             f"source has {listed}{hint}")
         return found
@@ -191,6 +194,7 @@ def read_labels(
         raise UserError(
             f"{where}: {column!r} holds {kind} values; the target of a classification holds class "
             "labels, strings or integers"
+            + ("; numbers are for the kind regression" if kind == NUMBER else "")
         )
     codes, values = _encode(table, column, where, ignored, may_miss)
     present = {values[code] for code in np.unique(codes[codes >= 0])}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from trainlib.config import UserError, nearest
-from trainlib.data.columns import TEXT, kinds_of
+from trainlib.data.columns import TEXT, kinds_of, read_column, refuse
 from trainlib.data.decoding import Decoder
 from trainlib.data.options import DataOptions
 from trainlib.data.parts import DEFAULT_SHARE, Part, Parts, held_out, refuse_options
@@ -62,6 +62,8 @@ def text_decoders(
     All are as long as the longest text of the first table, but at most ``data.block_size``.
     """
     tokenizer = _tokenizer(options, add_special=True)
+    for where, table in tables:
+        refuse(read_column(table, column).is_null(), where, f"the text {column!r} is missing")
     tokens = [
         tokenize(lambda table=table: _texts(table, column), tokenizer, where, False,
                  default_cache())
@@ -100,7 +102,7 @@ def split_language_tables(
     if len(tables) == 1:
         return split_texts(options, name, where, len(table),
                            lambda rows: _texts(table.select(rows), column),
-                           f"{where}: {len(table):,} texts of {column!r}")
+                           f"{where}: {len(table):,} texts, {column!r}")
     if kinds_of(other).get(column) != TEXT:
         raise UserError(f"{other_where}: has no column {column!r} of text"
                         f"{nearest(column, other.column_names)}")
@@ -121,7 +123,6 @@ def split_texts(
         read: from numbers of texts to these texts.
     """
     share = options.validation_split or DEFAULT_SHARE
-    held = f"{share:.3g} held out for validation"
     if num_texts == 1:
         if not options.packing:
             raise UserError(f"data.packing: {where} is one text, of which a part is held out; "
@@ -132,13 +133,14 @@ def split_texts(
         # The first token after the cut is the last that is trained on: it is predicted there.
         return _parts(options, name, (f"{where}, training part", tokens, (0, cut + 1)),
                       (f"{where}, validation part", tokens, (cut, len(tokens.ids))),
-                      f"{description}; the last {held}")
+                      f"{description}; the last {share:.3g} held out for validation")
     is_out = held_out(share, num_texts, [])
     parts = []
     for split, wanted in (("training", False), ("validation", True)):
         rows, place = np.flatnonzero(is_out == wanted), f"{where}, {split} split"
         parts.append((place, _tokens(options, place, lambda rows=rows: read(rows)), None))
-    return _parts(options, name, *parts, f"{description}; {held}, the same texts whatever the seed")
+    return _parts(options, name, *parts, f"{description}; {is_out.sum()} of them held out for "
+                  "validation, the same whatever the seed")
 
 
 def _tokens(options: DataOptions, where: str, texts: Callable[[], Iterable[str]]) -> Tokens:

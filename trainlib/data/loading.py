@@ -45,14 +45,9 @@ class Dataset:
     """As ``mean``; 1 where the inputs are constant."""
     description: str
     """What was read and how, for the log."""
-    vocab_size: int | None = None
-    """Of inputs that are tokens: one more than the largest there can be."""
+    token_range: tuple[int, int] | None = None
+    """The smallest and the largest of inputs that are integers; of text, that there can be."""
     pad_id: int | None = None
-
-    @property
-    def label_names(self) -> dict[str, list[str]]:
-        """By task."""
-        return {name: target.label_names for name, target in self.targets.items()}
 
     def example(self) -> tuple[Tensor, dict[str, Tensor]]:
         """Inputs and targets of a training sample or two, as model and tasks are given them."""
@@ -88,11 +83,11 @@ def load(source: Source, options: DataOptions, tasks: Mapping[str, TaskOptions])
     # What is broken or missing is better told now than after hours; tokens have been looked at.
     is_bytes = first.dtype == torch.uint8
     reads = in_memory or not is_text and (moments is not None or masks or not is_bytes)
-    largest = [0]
+    token_range = [0, parts.vocab_size - 1 if is_text else 0]
     splits = []
     for part, counts in ((train, moments), (validation, None)):
         splits.append(
-            _read(part, first, workers, in_memory, counts, masks, largest) if reads else
+            _read(part, first, workers, in_memory, counts, masks, token_range) if reads else
             Split(None, part.targets, torch.from_numpy(part.rows), part.decode,
                   part.target_decoders, workers, num_valid=_num_valid(part, {}))
         )
@@ -103,28 +98,34 @@ def load(source: Source, options: DataOptions, tasks: Mapping[str, TaskOptions])
         infos[name] = replace(infos[name], label_names=seen.label_names)
     for name in infos:
         entries = splits[0].read(np.arange(1))[1][name].numel()
-        misses = any((split.num_valid[name] < entries).any() for split in splits)
-        misses |= name in masks and options.augment.crop > 0  # which leaves pixels to ignore
-        infos[name] = replace(infos[name], may_miss=misses)
+        counts = torch.cat([split.num_valid[name] for split in splits])
+        is_cropped = name in masks and options.augment.crop > 0  # which leaves pixels to ignore
+        infos[name] = replace(
+            infos[name], may_miss=is_cropped or bool((counts < entries).any()),
+            misses_parts=is_cropped or bool(((counts > 0) & (counts < entries)).any()),
+        )
     splits = [replace(split, classes=classes) for split in splits]
-    check_shared_rows(splits[0].num_valid)
     for split, what in zip(splits, ("training", "validation"), strict=True):
         for name, counts in split.num_valid.items():
             if not counts.any():
                 raise UserError(f"tasks.{name}: no {what} sample has this target")
+    check_shared_rows(splits[0].num_valid)
     where = (f"in memory ({size / 2**20:,.1f} MiB)" if in_memory else
              f"read from disk by {workers} worker processes ({size / 2**20:,.1f} MiB decoded)")
     shape = "x".join(map(str, first.shape[1:]))
-    missing = [f"{int((counts == 0).sum()):,} training samples lack {name}"
-               for name, counts in splits[0].num_valid.items() if (counts == 0).any()]
-    vocab_size = parts.vocab_size
-    if vocab_size is None and not first.is_floating_point() and first.dtype != torch.uint8:
-        vocab_size = largest[0] + 1
+    notes = []
+    for name, counts in splits[0].num_valid.items():
+        whole, part = int((counts == 0).sum()), int((counts < counts.max()).sum())
+        notes += [f"{whole:,} training samples lack {name}"] if whole else []
+        if name in train.targets and part > whole:
+            notes += [f"{part - whole:,} training samples lack a part of {name}"]
+    notes += [f"classes of {name}: {', '.join(seen.label_names)}" for name, seen in masks.items()]
+    has_tokens = not first.is_floating_point() and not is_bytes
     return Dataset(
         *splits, infos, *(moments.result() if moments else (None, None)),
         f"data: {parts.description}; {len(train.rows):,} training and {len(validation.rows):,} "
-        f"validation samples of {shape} {where}" + "".join(f"; {line}" for line in missing),
-        vocab_size, parts.pad_id,
+        f"validation samples of {shape} {where}" + "".join(f"; {line}" for line in notes),
+        tuple(token_range) if has_tokens else None, parts.pad_id,
     )
 
 
@@ -137,7 +138,7 @@ def _num_cores() -> int:
 
 def _read(
     part: Part, first: Tensor, workers: int, in_memory: bool, moments: Moments | None,
-    masks: Mapping[str, Masks], largest: list[int],
+    masks: Mapping[str, Masks], token_range: list[int],
 ) -> Split:
     """A part of a source, decoded and checked in one ordered pass.
 
@@ -145,7 +146,7 @@ def _read(
         first: [1, ...] inputs, which show shape and type of all.
         moments: takes all inputs in, if given.
         masks: take all masks in.
-        largest: its one number is raised to the largest of inputs that are integers.
+        token_range: is widened to the smallest and the largest of inputs that are integers.
     """
     inputs, targets, counts, bad_rows = None, {}, {name: [] for name in masks}, []
     if in_memory:
@@ -170,7 +171,8 @@ def _read(
         if chunk.is_floating_point():
             bad_rows += rows[(~chunk.flatten(1).isfinite().all(1)).numpy()].tolist()
         elif chunk.dtype != torch.uint8:
-            largest[0] = max(largest[0], int(chunk.max()))
+            token_range[0] = min(token_range[0], int(chunk.min()))
+            token_range[1] = max(token_range[1], int(chunk.max()))
         if moments:
             moments.add(chunk)
         progress.update(len(rows))

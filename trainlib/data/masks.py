@@ -96,6 +96,11 @@ class Masks:
             return
         values = self.seen.nonzero().flatten().tolist()
         is_binary = values == [0, 255]
+        if not is_binary and not self.label_names and 255 in values and 254 not in values:
+            raise UserError(f"{where}: the masks of task {self.task!r} have the values "
+                            f"{', '.join(map(str, values[:-1][:8]))} and 255; if that means that a "
+                            f"pixel does not count, give --tasks.{self.task}.ignore_index 255, "
+                            "else label_names for 256 classes")
         count = 2 if is_binary else max(values, default=0) + 1
         count = max(count, len(self.label_names))
         if count < 2:

@@ -44,12 +44,16 @@ class TargetInfo:
     mean: tuple[float, ...] = ()
     """Of each column of numbers in the training split."""
     deviation: tuple[float, ...] = ()
+    validation_mean: tuple[float, ...] = ()
+    """Of the validation split, in deviations from ``mean``."""
     vocab_size: int = 0
     """Of the tokens that are predicted."""
     bytes_per_token: float = 1.0
     """Of the texts that are validated on or, of one text, of the whole."""
     may_miss: bool = False
     """Whether any sample lacks an entry of this target."""
+    misses_parts: bool = False
+    """Whether any sample lacks some entries, but not all."""
 
 
 Encoder = Callable[["datasets.Dataset", str], "Tensor | Decoder"]
@@ -234,11 +238,8 @@ def finish(
         train, validation: [rows, ...] as an encoder gives them.
 
     Raises:
-        UserError: a split has no target at all, or a number is the same in all training rows.
+        UserError: a number is the same in all training rows, or in none.
     """
-    for split, values in (("training", train), ("validation", validation)):
-        if not is_valid(values).any():
-            raise UserError(f"tasks.{name}: no {split} sample has this target")
     if kind != "regression":
         return TargetInfo(label_names), train, validation
     mean, deviation = train.nanmean(0), []
@@ -252,8 +253,10 @@ def finish(
             raise UserError(f"tasks.{name}: {label!r} has one value only in the training rows; a "
                             "regression needs two or more")
     scale = torch.stack(deviation)
-    info = TargetInfo(label_names, tuple(mean.tolist()), tuple(scale.tolist()))
-    return info, (train - mean) / scale, (validation - mean) / scale
+    train, validation = (train - mean) / scale, (validation - mean) / scale
+    middle = validation.nanmean(0).nan_to_num()  # of a column that is missing there, any will do
+    info = TargetInfo(label_names, *(tuple(each.tolist()) for each in (mean, scale, middle)))
+    return info, train, validation
 
 
 def count_valid(targets: Tensor) -> Tensor:

@@ -75,9 +75,13 @@ def load_tokenizer(name: str, add_special: bool) -> Tokenizer:
 
     pad, eos, sep = loaded.pad_token_id, loaded.eos_token_id, loaded.sep_token_id
     vocab_size = max(len(loaded), 1 + max(vocabulary.values()))  # more where numbers leave gaps
+    # A tokenizer.json alone does not say which token pads.
+    named = (vocabulary.get(token) for token in ("[PAD]", "<pad>", "<|pad|>"))
+    known = [number for number in (pad, *named, eos) if number is not None]
+    if not known:  # a number of its own, for no real token may be taken for padding
+        known, vocab_size = [vocab_size], vocab_size + 1
     fingerprint = hashlib.sha256(content.encode()).hexdigest()
-    return Tokenizer(name, vocab_size, (eos or 0) if pad is None else pad,
-                     sep if eos is None else eos, fingerprint, encode)
+    return Tokenizer(name, vocab_size, known[0], sep if eos is None else eos, fingerprint, encode)
 
 
 def _load_from_transformers(name: str) -> Any:

@@ -30,8 +30,8 @@ __all__ = [
 
 class ModelOptions(Options):
     name: Annotated[str, AfterValidator(check_name)] = "mlp"
-    """Which net: mlp, resnet, timm:NAME, torchvision:NAME, transformers:AutoModelFor..., or a class
-    or function of your own, file.py:Name or package.module:Name."""
+    """Which net: mlp, resnet, unet, gpt, timm:NAME, torchvision:NAME, transformers:AutoModelFor...,
+    or a class or function of your own, file.py:Name or package.module:Name."""
     args: dict[str, Any] = {}
     """Arguments of the net; of transformers: config (a mapping with model_type) or pretrained (an
     id or folder)."""
@@ -68,21 +68,23 @@ class ModelOptions(Options):
 
 def complete(
     options: ModelOptions, input_shape: tuple[int, ...], outputs: int | dict[str, int],
-    vocab_size: int | None = None, pad_id: int | None = None,
+    token_range: tuple[int, int] | None = None, pad_id: int | None = None,
 ) -> ModelOptions:
     """The options with what only the data knows filled in, so that they alone rebuild the model.
 
     Args:
         input_shape: of one sample, [channels, height, width] for images, [tokens] for text.
         outputs: how many numbers the model gives for an item, by task if there are several.
-        vocab_size: of inputs that are tokens.
+        token_range: the smallest and the largest of inputs that are tokens.
         pad_id: the token that fills texts up.
 
     Raises:
         UserError: the net cannot have several tasks, or has no room for all tokens.
     """
-    facts = external.facts(input_shape, outputs, vocab_size, pad_id)
+    facts = external.facts(input_shape, outputs, token_range, pad_id)
     args = external.complete_args(options.name, options.args, facts)
+    if token_range is not None:
+        external.check_vocabulary(args, token_range)
     return options.model_copy(update={"args": args})
 
 
@@ -103,8 +105,11 @@ def build_model(
     try:
         model = external.build(options.name, options.args)
     except (Exception, SystemExit) as error:  # whatever a net of the user's own raises
+        hint = ("; of several tasks the number of outputs is a mapping, from task to number"
+                if any(isinstance(value, dict) for value in options.args.values())
+                and options.name.partition(":")[0] != "transformers" else "")
         raise UserError(f"model: {options.name} refuses {options.args}: "
-                        f"{describe_error(error)}") from error
+                        f"{describe_error(error)}{hint}") from error
     if not isinstance(model, nn.Module):
         raise UserError(f"model.name: {options.name} returned a {type(model).__name__}, not a "
                         "torch.nn.Module")

@@ -34,6 +34,7 @@ _LIBRARIES = {
     "timm": ("pretrained", "checkpoint_path"), "torchvision": ("weights", "weights_backbone"),
     "transformers": ("pretrained",),
 }
+_ONE_TASK = ("unet", "gpt")
 _LANGUAGE_MODELS = ("AutoModelForCausalLM",)
 # What people call the numbers that only the data knows.
 _NAMES = {
@@ -131,8 +132,8 @@ def _signature(name: str) -> dict[str, inspect.Parameter] | None:
 
 
 def facts(
-    input_shape: tuple[int, ...], outputs: int | dict[str, int], vocab_size: int | None,
-    pad_id: int | None,
+    input_shape: tuple[int, ...], outputs: int | dict[str, int],
+    token_range: tuple[int, int] | None, pad_id: int | None,
 ) -> dict[str, Any]:
     """What only the data knows, by the keys of ``_NAMES``; the arguments are as in ``complete``."""
     known: dict[str, Any] = {"inputs": math.prod(input_shape), "classes": outputs}
@@ -140,8 +141,8 @@ def facts(
         channels, height, width = input_shape
         known |= {"channels": channels,
                   "image_size": height if height == width else [height, width]}
-    tokens = {"vocab_size": vocab_size, "pad_id": pad_id}
-    return known | {meaning: value for meaning, value in tokens.items() if value is not None}
+    known |= {} if token_range is None else {"vocab_size": token_range[1] + 1}
+    return known | ({} if pad_id is None else {"pad_id": pad_id})
 
 
 def complete_args(name: str, args: dict[str, Any], known: dict[str, Any]) -> dict[str, Any]:
@@ -151,23 +152,35 @@ def complete_args(name: str, args: dict[str, Any], known: dict[str, Any]) -> dic
         known: as from ``facts``.
 
     Raises:
-        UserError: transformers does not know the model, the model not its config; the net is one
-            of a library and so has one task; or it has no room for all tokens.
+        UserError: transformers does not know the model, or the model not its config; or the net
+            has one task only.
     """
-    several = isinstance(known["classes"], dict)
-    if several and name not in BUILTIN and name.partition(":")[0] in _LIBRARIES:
+    has_one_task = name in _ONE_TASK or (
+        name not in BUILTIN and name.partition(":")[0] in _LIBRARIES)
+    if isinstance(known["classes"], dict) and has_one_task:
         raise UserError(f"model.name: {name} returns one tensor, the tasks are "
                         f"{', '.join(known['classes'])}; use mlp or resnet, or a net of your own "
                         "that returns a mapping from task to tensor")
-    completed = _filled(name, args, known)
-    inside = completed.get("config", completed)
-    for parameter in _NAMES["vocab_size"]:
-        room = inside.get(parameter) if isinstance(inside, dict) else None
-        if "vocab_size" in known and isinstance(room, int) and room < known["vocab_size"]:
-            raise UserError(f"model.args.{parameter}: the net has room for tokens 0 to {room - 1}, "
-                            f"those of the data reach {known['vocab_size'] - 1}; leave it out, or "
-                            "give another tokenizer")
-    return completed
+    return _filled(name, args, known)
+
+
+def check_vocabulary(args: dict[str, Any], token_range: tuple[int, int]) -> None:
+    """Refuses complete arguments of a net that has no room for all tokens.
+
+    Args:
+        token_range: the smallest and the largest token.
+
+    Raises:
+        UserError: with both ranges.
+    """
+    for where, given in (("model.args", args), ("model.args.config", args.get("config"))):
+        for parameter in _NAMES["vocab_size"]:
+            room = given.get(parameter) if isinstance(given, dict) else None
+            if not isinstance(room, int) or 0 <= token_range[0] <= token_range[1] < room:
+                continue
+            raise UserError(f"{where}.{parameter}: the net has room for tokens 0 to {room - 1}, "
+                            f"those of the data reach from {token_range[0]} to {token_range[1]}; "
+                            "mend the data, or give another number or tokenizer")
 
 
 def _filled(name: str, args: dict[str, Any], known: dict[str, Any]) -> dict[str, Any]:

@@ -50,7 +50,8 @@ def build_tasks(
         elif task.kind == "multilabel":
             given["thresholds"] = _thresholds(name, task.thresholds, target.label_names)
         elif task.kind == "regression":
-            given |= {"mean": target.mean, "deviation": target.deviation}
+            given |= {"mean": target.mean, "deviation": target.deviation,
+                      "validation_mean": target.validation_mean}
         elif task.kind == "segmentation" and task.loss == "bce" and len(target.label_names) != 2:
             raise UserError(f"tasks.{name}.loss: bce on pixels is for two classes, the masks have "
                             f"{len(target.label_names)}; use cross_entropy")
@@ -59,6 +60,10 @@ def build_tasks(
                       "may_fuse": task.loss == "cross_entropy" and not task.loss_args}
         tasks.append(KINDS[task.kind](**given))
         tasks[-1].check_loss(task.loss, describe_error if is_own else str)
+        if is_own and target.misses_parts and tasks[-1].is_per_sample:
+            raise UserError(f"tasks.{name}.loss: {task.loss} returns one loss a sample, but of "
+                            "some targets a part is missing (ignored pixels, missing labels, "
+                            "padding), which it cannot tell; return one loss for each entry")
     return tasks
 
 

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from trainlib import metrics
 from trainlib.config import UserError
-from trainlib.losses import is_valid
+from trainlib.losses import cross_entropy, is_valid
 from trainlib.tasks.task import Task
 
 NUM_BINS = 15  # of the calibration error, as in Guo et al. 2017
@@ -33,19 +33,17 @@ class Classification(Task):
 
     num_extra_sums = NUM_BINS
 
-    def extra(self, output, target, dtype):
+    def extra(self, output, target, losses, dtype):
         output = self.pick(output)
-        if self.may_miss:
-            chosen = is_valid(target)
-            output, target = output[chosen], target[chosen]
         predicted = output.argmax(1)
         confidence = output.to(dtype).softmax(1).amax(1)
+        confidence = confidence.where(is_valid(target), float("nan"))  # which is in no bin
         bins, confidences = metrics.calibration_bins(confidence, predicted == target, NUM_BINS)
         hits = (metrics.target_ranks(output, target) < self.top_k).sum()
         confusion = metrics.confusion_counts(predicted, target, self.num_outputs)
         return [confusion, hits, bins], [confidences]
 
-    def interpret(self, counts, sums, loss_sum, num_items):
+    def interpret(self, counts, sums, num_items):
         confusion, hits, bins = counts.split([self.num_outputs**2, 1, 2 * NUM_BINS])
         confusion = confusion.view(self.num_outputs, -1)
         result = metrics.classification_metrics(confusion)
@@ -83,12 +81,12 @@ class Multilabel(Task):
     def needs(self, target):
         return f"{tuple(target.shape)}: one logit for each of its {self.num_outputs} labels"
 
-    def extra(self, output, target, dtype):
+    def extra(self, output, target, losses, dtype):
         probabilities = self.pick(output).to(dtype).sigmoid()
         thresholds = torch.tensor(self.thresholds, dtype=dtype, device=target.device)
         return [metrics.multilabel_counts(probabilities >= thresholds, target)], []
 
-    def interpret(self, counts, sums, loss_sum, num_items):
+    def interpret(self, counts, sums, num_items):
         return metrics.multilabel_metrics(counts.view(-1, 4))
 
     def logged(self, result):
@@ -106,8 +104,14 @@ class Regression(Task):
 
     mean: tuple[float, ...] = ()
     deviation: tuple[float, ...] = ()
+    validation_mean: tuple[float, ...] = ()
+    """In deviations from the mean: squares are summed about it, so that they do not cancel."""
     kind = "regression"
-    headline = ("mae", "r2")
+
+    @property
+    def headline(self) -> tuple[str, ...]:
+        """The metrics that the terminal shows."""
+        return ("mae", "r2") if self.num_outputs == 1 else ("r2",)
 
     @property
     def num_extra_counts(self) -> int:
@@ -120,6 +124,9 @@ class Regression(Task):
     def output(self, output, target):
         return self.pick(output).view(target.shape)
 
+    def prepare(self, target):
+        return target.float()
+
     def blank_target(self):
         return torch.zeros(2, self.num_outputs, dtype=torch.float64)
 
@@ -130,17 +137,23 @@ class Regression(Task):
     def needs(self, target):
         return f"{tuple(target.shape)}: one number for each of {', '.join(self.label_names)}"
 
-    def extra(self, output, target, dtype):
-        counts, sums = metrics.regression_sums(self.output(output, target).to(dtype),
-                                               target.to(dtype))
+    def extra(self, output, target, losses, dtype):
+        middle = torch.tensor(self.validation_mean, dtype=dtype, device=target.device)
+        prediction = self.output(output, target).to(dtype)
+        counts, sums = metrics.regression_sums(prediction - middle, target.to(dtype) - middle)
         return [counts], [sums]
 
-    def interpret(self, counts, sums, loss_sum, num_items):
+    def interpret(self, counts, sums, num_items):
         deviation = torch.tensor(self.deviation, dtype=sums.dtype)
         return metrics.regression_metrics(counts, sums.view(4, -1), deviation)
 
     def logged(self, result):
-        return {name: result[name] for name in ("mae", "rmse", "r2")}
+        if self.num_outputs == 1:
+            return {name: result[name] for name in ("mae", "rmse", "r2")}
+        # Columns may have different units, in which a mean has none.
+        return {"r2": result["r2"]} | {
+            f"{column}_{name}": entry[name] for name in ("mae", "rmse")
+            for column, entry in zip(self.label_names, result["columns"], strict=True)}
 
     def report(self, result):
         return metrics.regression_report(result, self.label_names)
@@ -177,19 +190,18 @@ class Segmentation(Task):
         )
 
     def output(self, output, target):
-        logits = self._logits(output, target)
-        return logits.squeeze(1) if self.is_binary else logits
+        return self._logits(output, target)
 
     def prepare(self, target):
         if not self.is_binary:
             return target
-        return target.float().where(is_valid(target), float("nan"))
+        return target.float().where(is_valid(target), float("nan")).unsqueeze(1)
 
     def blank_target(self):
         return torch.zeros(2, 4, 4, dtype=torch.int64)
 
     def blank_output(self):
-        return torch.zeros(2, 4, 4) if self.is_binary else torch.zeros(2, self.num_outputs, 4, 4)
+        return torch.zeros(2, self.num_outputs, 4, 4)
 
     def fits(self, output, target):
         return output.ndim == 4 and output.shape[:2] == (len(target), self.num_outputs)
@@ -198,12 +210,12 @@ class Segmentation(Task):
         return (f"({len(target)}, {self.num_outputs}, height, width): {self.num_outputs} logits a "
                 "pixel")
 
-    def extra(self, output, target, dtype):
+    def extra(self, output, target, losses, dtype):
         logits = self._logits(output, target)
         predicted = (logits.squeeze(1) > 0).long() if self.is_binary else logits.argmax(1)
         return [metrics.confusion_counts(predicted, target, len(self.label_names))], []
 
-    def interpret(self, counts, sums, loss_sum, num_items):
+    def interpret(self, counts, sums, num_items):
         confusion = counts.view(len(self.label_names), -1)
         return {"confusion": confusion.tolist()} | metrics.segmentation_metrics(confusion)
 
@@ -225,6 +237,8 @@ class LanguageModeling(Task):
     """Whether the model may take the targets and return the losses, so that no logits are held."""
     kind = "language_modeling"
     headline = ("perplexity", "bits_per_byte")
+    num_extra_counts = 1
+    num_extra_sums = 1
 
     @property
     def num_outputs(self) -> int:
@@ -235,8 +249,13 @@ class LanguageModeling(Task):
 
     def losses(self, output, targets, mix=None):
         if isinstance(output, Mapping) and "losses" in output:
-            return output["losses"]
+            return output["losses"].float().where(is_valid(targets[self.name]), 0)
         return super().losses(output, targets, mix)
+
+    def extra(self, output, target, losses, dtype):
+        # Perplexity is the plain cross entropy's, whatever the loss is.
+        entropy = losses if self.may_fuse else cross_entropy(self.output(output, target), target)
+        return [is_valid(target).sum().view(1)], [entropy.to(dtype).sum().view(1)]
 
     def blank_target(self):
         return torch.zeros(2, 4, dtype=torch.int64)
@@ -260,8 +279,8 @@ class LanguageModeling(Task):
     def needs(self, target):
         return f"{(*target.shape, self.vocab_size)}: one logit for each token of the vocabulary"
 
-    def interpret(self, counts, sums, loss_sum, num_items):
-        return metrics.language_metrics(loss_sum, num_items, self.bytes_per_token)
+    def interpret(self, counts, sums, num_items):
+        return metrics.language_metrics(sums.item(), counts.item(), self.bytes_per_token)
 
     def logged(self, result):
         return {name: result[name] for name in ("perplexity", "bits_per_byte")}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -133,6 +134,8 @@ def resolve(
         return {target: TaskOptions(target=target)}
     resolved = {}
     for name, task in options.items():
+        if not re.fullmatch(r"[A-Za-z_][\w-]*", name):
+            raise UserError(f"tasks: a name consists of letters, digits, _ and -, got {name!r}")
         target = task.target or (name if name in columns else None)
         if target is None and task.kind == "language_modeling" and len(columns) == 1:
             target = columns[0]

@@ -86,10 +86,12 @@ class Task:
         )
 
     def _losses(self, output: Tensor, target: Tensor) -> Tensor:
-        if self.loss_name or not self.may_miss:
+        if self.loss_name:
             return self.loss(output, target)
+        if not self.may_miss:
+            return self.loss(output, target).float()
         valid = is_valid(target)
-        losses = self.loss(output, target.where(valid, 0))
+        losses = self.loss(output, target.where(valid, 0)).float()
         if losses.ndim < valid.ndim:
             valid = valid.flatten(1).any(1)
         return losses.where(valid, 0)
@@ -132,7 +134,8 @@ class Task:
         try:
             tried = self.loss(self.blank_output(), target)
         except Exception as error:  # whatever a loss of the user's own raises
-            raise UserError(f"tasks.{self.name}.loss_args: {name}: {describe(error)}") from error
+            option = "loss_args" if self.loss.keywords else "loss"
+            raise UserError(f"tasks.{self.name}.{option}: {name}: {describe(error)}") from error
         shapes = (target.shape, target.shape[:1])
         if not isinstance(tried, Tensor) or tried.shape not in shapes:
             shape = list(tried.shape) if isinstance(tried, Tensor) else type(tried).__name__
@@ -198,12 +201,12 @@ class Task:
         dtype = metrics.sum_dtype(losses.device)
         valid = is_valid(target)
         items = self.items(valid.flatten(1).sum(1) if valid.ndim > 1 else valid.long()).sum()
-        counts, sums = self.extra(output, target, dtype)
+        counts, sums = self.extra(output, target, losses, dtype)
         return (torch.cat([items.view(1), *(part.flatten() for part in counts)]),
                 torch.cat([losses.to(dtype).sum().view(1), *(part.flatten() for part in sums)]))
 
     def extra(
-        self, output: Any, target: Tensor, dtype: torch.dtype
+        self, output: Any, target: Tensor, losses: Tensor, dtype: torch.dtype
     ) -> tuple[list[Tensor], list[Tensor]]:
         """What a kind counts and sums besides items and losses."""
         return [], []
@@ -213,9 +216,9 @@ class Task:
         counts, sums = counts.cpu(), sums.cpu()
         items, loss_sum = counts[0].item(), sums[0].item()
         loss = loss_sum / items if items else float("nan")
-        return {"loss": loss} | self.interpret(counts[1:].long(), sums[1:], loss_sum, int(items))
+        return {"loss": loss} | self.interpret(counts[1:].long(), sums[1:], int(items))
 
-    def interpret(self, counts: Tensor, sums: Tensor, loss_sum: float, num_items: int) -> dict:
+    def interpret(self, counts: Tensor, sums: Tensor, num_items: int) -> dict:
         """The metrics of the kind."""
         return {}
 
