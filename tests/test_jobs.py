@@ -31,6 +31,8 @@ def sources(tmp_path, monkeypatch) -> dict[str, list[str]]:
         "number": [float(v) if has else None
                    for v, has in zip(inputs.sum(1), has_number, strict=True)],
         "label": [[float(a > 0), float(b > 0) if b < 1 else None] for a, b in inputs[:, 1:3]],
+        "tokens": random.integers(-1, 9, (num_rows, 3)).tolist(),
+        "rare": [1.0 * row if row < 60 and row % 10 == 0 else None for row in range(num_rows)],
     }).to_parquet(str(tmp_path / "gaps.parquet"))
     words = "the quick brown fox jumps over a lazy dog and runs away".split()
     texts = [" ".join(random.choice(words, random.integers(1, 9))) for _ in range(num_rows)]
@@ -39,6 +41,8 @@ def sources(tmp_path, monkeypatch) -> dict[str, list[str]]:
         "multi_task": ["--data.source", f"{tmp_path}/gaps.parquet", "--tasks",
                        "{kind: {}, number: {kind: regression, weight: 0.5}, "
                        "label: {kind: multilabel}}", "--data.input", "[x0, x1, x2, x3]"],
+        "tokens": ["--data.source", f"{tmp_path}/gaps.parquet", "--data.input", "tokens",
+                   "--data.normalize", "false"],
         "texts_padded": ["--data.source", f"{tmp_path}/texts.parquet", "--tasks.text.kind",
                          "language_modeling", "--data.packing", "false", *GPT],
         "texts_packed": ["--data.source", f"{tmp_path}/texts.parquet", "--tasks.text.kind",
@@ -101,9 +105,23 @@ def test_every_term_of_several_tasks_is_logged(tmp_path, sources):
     assert {"eval/kind/accuracy", "eval/number/r2", "eval/label/micro_f1"} <= record.keys()
 
 
+def test_a_step_without_a_target_of_a_task_has_no_loss_of_it(tmp_path, sources):
+    run = train(tmp_path / "run", *SHORT, *sources["multi_task"], "--tasks.rare.kind", "regression",
+                "--batch.global_size", "4", "--batch.micro_size", "2")
+    rare = [record["train/rare/loss"] for record in records(run) if "train/loss" in record]
+    assert None in rare and any(loss is not None and loss > 0 for loss in rare)
+    assert all(loss is not None for loss in losses(run))
+
+
+def test_a_loss_of_ones_own_on_numbers_gives_the_same_bits(tmp_path, sources):
+    (tmp_path / "own.py").write_text("def loss(output, target): return (output - target).abs()")
+    flags = [*SHORT, *sources["multi_task"], "--tasks.number.loss", f"{tmp_path}/own.py:loss",
+             "--loop.duration", "10 steps"]
+    assert_same_run(train(tmp_path / "1", *flags), train(tmp_path / "2", *flags, processes=2))
+
+
 def test_missing_targets_change_nothing_of_the_other_tasks(tmp_path, sources):
     """Nothing of the net is shared, so a task learns as it would alone."""
-    table = datasets.Dataset.from_parquet(f"{tmp_path}/gaps.parquet")
     (tmp_path / "nets.py").write_text("""
 from torch import nn
 
@@ -116,7 +134,6 @@ class Apart(nn.Module):
     def forward(self, inputs):
         return {name: part(inputs) for name, part in self.parts.items()}
 """)
-    del table
     common = ["--data.source", f"{tmp_path}/gaps.parquet", "--data.input", "[x0, x1, x2, x3]",
               "--model.name", f"{tmp_path}/nets.py:Apart", "--optim.max_grad_norm", "null"]
     both = train(tmp_path / "both", *SHORT, *common, "--tasks",
@@ -159,7 +176,37 @@ def loss(output, target):
     assert bad[0]["suspects"]
 
 
+def test_what_a_table_cannot_give_is_one_line_and_exit_code_2(tmp_path, sources):
+    (tmp_path / "nets.py").write_text("""
+from torch import nn
+
+class Embedded(nn.Module):
+    def __init__(self, vocab_size, classes):
+        super().__init__()
+        self.table, self.head = nn.Embedding(vocab_size, 4), nn.Linear(12, classes)
+
+    def forward(self, tokens):
+        return self.head(self.table(tokens).flatten(1))
+
+class Single(nn.Linear):
+    def __init__(self, classes):
+        super().__init__(4, 3)
+""")
+    nets = f"{tmp_path}/nets.py"
+    for flags, message in (
+        ([*sources["tokens"], "--tasks.kind.kind", "classification", "--model.name",
+          f"{nets}:Embedded"], "those of the data reach from -1 to 8"),
+        ([*sources["multi_task"], "--model.name", f"{nets}:Single"],
+         "the model's output is one tensor, (2, 3), task 'kind' needs (2, 3)"),
+    ):
+        result = launch(["--run_dir", str(tmp_path / "run"), "--log.trackers", "[]", *flags])
+        assert result.returncode == 2 and message in result.stderr, result.stderr
+        assert "Traceback" not in result.stderr and not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("flags, message", [
+    (["--tasks.digit", "{}", "--tasks.ink.kind", "regression", "--model.name", "unet"],
+     "unet returns one tensor, the tasks are digit, ink"),
     (["--tasks.digit", "{}", "--tasks.ink.kind", "regression", "--model.name",
       "transformers:AutoModelForImageClassification", "--model.args.config.model_type", "vit"],
      "returns one tensor, the tasks are digit, ink"),
@@ -169,7 +216,8 @@ def loss(output, target):
     (["--data.source", "builtin:pydocs", "--tasks.text.kind", "language_modeling", *GPT,
       "--data.block_size", "1000000"], "less than one block of 1000000"),
     (["--data.source", "builtin:pydocs", "--tasks.text.kind", "language_modeling", *GPT,
-      "--model.args.vocab_size", "100"], "room for tokens 0 to 99, those of the data reach 255"),
+      "--model.args.vocab_size", "100"],
+     "room for tokens 0 to 99, those of the data reach from 0 to 255"),
     (["--data.source", "builtin:pydocs", "--tasks.text.kind", "language_modeling"],
      "data.tokenizer: text needs one"),
     (["--tasks.digit.thresholds", "0.3"], "thresholds: is for multilabel"),

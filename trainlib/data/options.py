@@ -15,7 +15,8 @@ class AugmentOptions(Options):
     rotation: float = Field(0.0, ge=0, le=180)
     """Degrees an image is turned by at most, either way."""
     crop: int = Field(0, ge=0)
-    """Pixels an image is shifted by at most, each way; what it leaves is black."""
+    """Pixels an image is shifted by at most, each way; what it leaves is black, and in a mask
+    ignored."""
     flip: float = Field(0.0, ge=0, le=1)
     """Probability of a mirror image, left to right."""
     brightness: float = Field(0.0, ge=0, le=1)
