@@ -93,33 +93,15 @@ def load(source: Source, options: DataOptions, tasks: Mapping[str, TaskOptions])
         )
         for seen in masks.values():
             seen.close(part.where)
-    infos, classes = dict(parts.targets), {name: seen.classes for name, seen in masks.items()}
-    for name, seen in masks.items():
-        infos[name] = replace(infos[name], label_names=seen.label_names)
-    for name in infos:
-        entries = splits[0].read(np.arange(1))[1][name].numel()
-        counts = torch.cat([split.num_valid[name] for split in splits])
-        is_cropped = name in masks and options.augment.crop > 0  # which leaves pixels to ignore
-        infos[name] = replace(
-            infos[name], may_miss=is_cropped or bool((counts < entries).any()),
-            misses_parts=is_cropped or bool(((counts > 0) & (counts < entries)).any()),
-        )
+    classes = {name: seen.classes for name, seen in masks.items()}
     splits = [replace(split, classes=classes) for split in splits]
-    for split, what in zip(splits, ("training", "validation"), strict=True):
-        for name, counts in split.num_valid.items():
-            if not counts.any():
-                raise UserError(f"tasks.{name}: no {what} sample has this target")
-    check_shared_rows(splits[0].num_valid)
+    _check_targets(splits)
     where = (f"in memory ({size / 2**20:,.1f} MiB)" if in_memory else
              f"read from disk by {workers} worker processes ({size / 2**20:,.1f} MiB decoded)")
     shape = "x".join(map(str, first.shape[1:]))
-    notes = []
-    for name, counts in splits[0].num_valid.items():
-        whole, part = int((counts == 0).sum()), int((counts < counts.max()).sum())
-        notes += [f"{whole:,} training samples lack {name}"] if whole else []
-        if name in train.targets and part > whole:
-            notes += [f"{part - whole:,} training samples lack a part of {name}"]
-    notes += [f"classes of {name}: {', '.join(seen.label_names)}" for name, seen in masks.items()]
+    infos = _completed(parts.targets, splits, masks, options.augment.crop > 0)
+    notes = [*_missing(splits[0]), *(f"classes of {name}: {', '.join(seen.label_names)}"
+                                     for name, seen in masks.items())]
     has_tokens = not first.is_floating_point() and not is_bytes
     return Dataset(
         *splits, infos, *(moments.result() if moments else (None, None)),
@@ -127,6 +109,50 @@ def load(source: Source, options: DataOptions, tasks: Mapping[str, TaskOptions])
         f"validation samples of {shape} {where}" + "".join(f"; {line}" for line in notes),
         tuple(token_range) if has_tokens else None, parts.pad_id,
     )
+
+
+def _check_targets(splits: list[Split]) -> None:
+    """Refuses tasks without a target in a split, or without a common sample."""
+    for split, what in zip(splits, ("training", "validation"), strict=True):
+        for name, counts in split.num_valid.items():
+            if not counts.any():
+                raise UserError(f"tasks.{name}: no {what} sample has this target")
+    check_shared_rows(splits[0].num_valid)
+
+
+def _completed(
+    infos: Mapping[str, TargetInfo], splits: list[Split], masks: Mapping[str, Masks],
+    is_cropped: bool,
+) -> dict[str, TargetInfo]:
+    """What is known of the targets, with what only reading them has told.
+
+    Args:
+        is_cropped: whether crops leave pixels to ignore in masks that had none.
+    """
+    completed, first_targets = {}, splits[0].read(np.arange(1))[1]
+    for name, info in infos.items():
+        entries = first_targets[name].numel()
+        counts = torch.cat([split.num_valid[name] for split in splits])
+        leaves_holes = name in masks and is_cropped
+        completed[name] = replace(
+            info, may_miss=leaves_holes or bool((counts < entries).any()),
+            misses_parts=leaves_holes or bool(((counts > 0) & (counts < entries)).any()),
+            label_names=masks[name].label_names if name in masks else info.label_names,
+        )
+    return completed
+
+
+def _missing(train: Split) -> list[str]:
+    """Lines about the columns of which targets are missing."""
+    lines = []
+    for name, counts in train.num_valid.items():
+        whole, any_part = int((counts == 0).sum()), int((counts < counts.max()).sum())
+        lines += [f"{whole:,} training samples lack {name}"] if whole else []
+        # Of labels and numbers; masks and the ends of texts are made of parts.
+        is_float = name in train.targets and train.targets[name].is_floating_point()
+        if is_float and any_part > whole:
+            lines += [f"{any_part - whole:,} training samples lack a part of {name}"]
+    return lines
 
 
 def _num_cores() -> int:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-from torch import Tensor
 from torch.nn import functional
 
 from trainlib import metrics
@@ -180,17 +178,13 @@ class Segmentation(Task):
     def num_extra_counts(self) -> int:
         return len(self.label_names) ** 2
 
-    def _logits(self, output: Any, target: Tensor) -> Tensor:
-        """[batch, outputs, height, width] of the masks' size."""
+    def output(self, output, target):
         logits = self.pick(output)
         if logits.shape[2:] == target.shape[1:]:
             return logits
         return functional.interpolate(
             logits.float(), target.shape[1:], mode="bilinear", align_corners=False
         )
-
-    def output(self, output, target):
-        return self._logits(output, target)
 
     def prepare(self, target):
         if not self.is_binary:
@@ -211,7 +205,7 @@ class Segmentation(Task):
                 "pixel")
 
     def extra(self, output, target, losses, dtype):
-        logits = self._logits(output, target)
+        logits = self.output(output, target)
         predicted = (logits.squeeze(1) > 0).long() if self.is_binary else logits.argmax(1)
         return [metrics.confusion_counts(predicted, target, len(self.label_names))], []
 
