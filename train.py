@@ -98,6 +98,7 @@ def main(arguments: list[str]) -> None:
     # ---- run folder: nothing is written before everything above has been accepted ----
     run_dir = Path(options.run_dir or f"runs/{recipe_name(arguments)}")
     config = to_yaml(options.model_copy(update={
+        "data": options.data.model_copy(update={"input": dataset.inputs}),
         "model": model_options, "tasks": task_options,
         "loop": options.loop.model_copy(update={"monitor": monitor}),
     }))

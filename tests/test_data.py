@@ -119,7 +119,7 @@ def test_rows_in_messages_are_rows_of_the_table_as_it_was_saved(tmp_path):
         for source in (str(tmp_path / name), f"{tmp_path}/{name}.py:rows"):
             for share in (0.1, 0.5, 0.9):  # in either part
                 message = refusal("y", source=source, validation_split=share)
-                assert f"first in row {row};" in message
+                assert f"first in row {row}, in x;" in message
     made = table.map(lambda row: {"y": None if np.isnan(row["x"]) else row["y"]})
     made.select(range(10, 40)).save_to_disk(tmp_path / "labels")
     assert "in 1 of 30 rows, first in row 21;" in refusal("y", source=str(tmp_path / "labels"))

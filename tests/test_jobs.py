@@ -96,6 +96,23 @@ def test_another_micro_size_gives_one_curve_to_rounding(tmp_path, sources, job):
     assert max(abs(a - b) for a, b in zip(whole, parts, strict=True)) <= 1e-6
 
 
+def test_ddps_own_sum_gives_the_same_curve_to_rounding(tmp_path, sources):
+    """DDP averages over processes, of which each has other numbers of targets."""
+    flags = [*SHORT, *sources["multi_task"], "--model.args.dropout", "0"]
+    one = losses(train(tmp_path / "1", *flags))
+    two = losses(train(tmp_path / "2", *flags, "--batch.exact_sum", "false", processes=2))
+    assert max(abs(a - b) for a, b in zip(one, two, strict=True)) <= 1e-6
+
+
+def test_the_run_holds_the_columns_that_were_found(tmp_path, sources):
+    flags = [*SHORT, *sources["multi_task"], "--loop.duration", "2 steps"]
+    named = flags.index("--data.input")
+    del flags[named : named + 2]
+    config = load_model(train(tmp_path / "run", *flags)).run_config
+    assert config["data"]["input"] == ["tokens"]  # a list comes before numbers
+    assert config["tasks"]["number"]["target"] == "number"
+
+
 def test_every_term_of_several_tasks_is_logged(tmp_path, sources):
     run = train(tmp_path / "run", *SHORT, *sources["multi_task"])
     for record in records(run):

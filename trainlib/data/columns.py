@@ -111,7 +111,8 @@ def input_columns(
                             f"the source has {listed}")
         if kinds[name] == TEXT and not reads_text:
             raise UserError(f"data.input: {name!r} holds text, which needs a tokenizer: "
-                            "--data.tokenizer bytes, or the id or folder of a Hugging Face one")
+                            "--data.tokenizer bytes, or the id or folder of a Hugging Face one; "
+                            "paths of images become images by cast_column(..., datasets.Image())")
     if not names or len(set(names)) < len(names):
         raise UserError(f"data.input: needs one or more columns, each once; got {names}")
     return names

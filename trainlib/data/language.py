@@ -171,4 +171,4 @@ def _parts(options, name, train, validation, description) -> Parts:
     info = TargetInfo([], vocab_size=vocab_size, bytes_per_token=tokens.bytes_per_token)
     size = f"{'blocks of' if options.packing else 'texts of at most'} {options.block_size}"
     return Parts(*parts, {name: info}, f"{description}; {options.tokenizer} tokens in {size}",
-                 vocab_size, tokens.pad_id)
+                 None, vocab_size, tokens.pad_id)

@@ -45,6 +45,8 @@ class Dataset:
     """As ``mean``; 1 where the inputs are constant."""
     description: str
     """What was read and how, for the log."""
+    inputs: list[str] | None = None
+    """The columns that the model sees, where a table has others."""
     token_range: tuple[int, int] | None = None
     """The smallest and the largest of inputs that are integers; of text, that there can be."""
     pad_id: int | None = None
@@ -107,7 +109,7 @@ def load(source: Source, options: DataOptions, tasks: Mapping[str, TaskOptions])
         *splits, infos, *(moments.result() if moments else (None, None)),
         f"data: {parts.description}; {len(train.rows):,} training and {len(validation.rows):,} "
         f"validation samples of {shape} {where}" + "".join(f"; {line}" for line in notes),
-        tuple(token_range) if has_tokens else None, parts.pad_id,
+        parts.inputs, tuple(token_range) if has_tokens else None, parts.pad_id,
     )
 
 
@@ -175,6 +177,7 @@ def _read(
         token_range: is widened to the smallest and the largest of inputs that are integers.
     """
     inputs, targets, counts, bad_rows = None, {}, {name: [] for name in masks}, []
+    is_bad = torch.zeros(first.shape[1], dtype=torch.bool)  # by column or channel
     if in_memory:
         inputs = torch.empty((len(part.rows), *first.shape[1:]), dtype=first.dtype)
     starts = range(0, len(part.rows), max(1, _CHUNK_BYTES // first.nbytes))
@@ -195,7 +198,9 @@ def _read(
                     targets[name] = chosen.new_empty(len(part.rows), *chosen.shape[1:])
                 targets[name][place] = chosen
         if chunk.is_floating_point():
-            bad_rows += rows[(~chunk.flatten(1).isfinite().all(1)).numpy()].tolist()
+            is_finite = chunk.isfinite()
+            bad_rows += rows[(~is_finite.flatten(1).all(1)).numpy()].tolist()
+            is_bad |= ~is_finite.transpose(0, 1).flatten(1).all(1)
         elif chunk.dtype != torch.uint8:
             token_range[0] = min(token_range[0], int(chunk.min()))
             token_range[1] = max(token_range[1], int(chunk.max()))
@@ -204,9 +209,14 @@ def _read(
         progress.update(len(rows))
     progress.close()
     if bad_rows:
+        columns = getattr(part.decode, "columns", [])
+        named = ""
+        if len(columns) == len(is_bad) and first.ndim == 2:
+            chosen = [column for column, bad in zip(columns, is_bad.tolist(), strict=True) if bad]
+            named = f", in {', '.join(chosen)}"
         raise UserError(f"{part.where}: missing, NaN or infinite inputs in {len(bad_rows)} of "
-                        f"{len(part.rows)} samples, first in row {bad_rows[0]}; mend or remove "
-                        "these rows")
+                        f"{len(part.rows)} samples, first in row {bad_rows[0]}{named}; mend or "
+                        "remove these rows, or name the other columns with data.input")
     seen = {name: torch.cat(chunks) for name, chunks in counts.items()}
     return Split(
         inputs, part.targets | targets, torch.from_numpy(part.rows), part.decode,

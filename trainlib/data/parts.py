@@ -42,6 +42,8 @@ class Parts(NamedTuple):
     """By task; without label names where masks have yet to be seen."""
     description: str
     """What is read from where, for the log."""
+    inputs: list[str] | None = None
+    """The columns that the model sees, where a table has others."""
     vocab_size: int | None = None
     """Of the tokens, where the inputs are text."""
     pad_id: int | None = None

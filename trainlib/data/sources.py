@@ -203,7 +203,7 @@ def _split_tables(
     unused = [f"{name} ({kind})" for name, kind in kinds.items() if name not in [*inputs, *targets]]
     shown += f"; not used: {', '.join(unused)}" if unused else ""
     return Parts(*parts, infos, f"{where}: {len(train):,} rows, {held}; input {shown}",
-                 vocab_size, pad_id)
+                 inputs, vocab_size, pad_id)
 
 
 def _input_decoders(
