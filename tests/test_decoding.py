@@ -285,7 +285,7 @@ def test_missing_and_infinite_numbers_are_counted(in_memory, normalize, bad, tmp
 
     options = {"in_memory": in_memory, "normalize": normalize}
     wanted = "missing, NaN or infinite inputs in 2 of 4 samples, first in row 1"
-    assert told([1.0, bad, 2.0, bad, *range(4)], options) == wanted
-    assert told([*range(4), 1.0, bad, 2.0, bad], options) == wanted
+    assert told([1.0, bad, 2.0, bad, *range(4)], options) == f"{wanted}, in x"  # the column
+    assert told([*range(4), 1.0, bad, 2.0, bad], options) == f"{wanted}, in x"
     assert told([[1.0, 2.0], [bad, 1.0], [1.0, 2.0], [0.0, bad]] + [[1.0, 2.0]] * 4,
                 options) == wanted
