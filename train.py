@@ -88,7 +88,9 @@ def main(arguments: list[str]) -> None:
     )
     torch.manual_seed(options.seed)
     module = models.build_model(model_options, dataset.mean, dataset.deviation)
-    notes = models.start_weights(module, options.model.init_from, options.model.freeze)
+    notes = models.start_weights(
+        module, options.model.init_from, options.model.freeze, options.model.allow_pickle
+    )
     smallest = batch.global_size % batch.micro_size or batch.micro_size
     some_targets = {name: target[:smallest] for name, target in example_targets.items()}
     try_model(module, example[:smallest], some_targets, task_list)

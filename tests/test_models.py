@@ -238,7 +238,7 @@ def test_the_scale_of_the_inputs_stays_that_of_the_data(tmp_path):
 
 @pytest.mark.parametrize("path, message", [
     ("nowhere", "model.init_from: .*nowhere: no .safetensors file, and no model.safetensors in"),
-    ("text.pt", "model.init_from: .*text.pt: no .safetensors file"),
+    ("text.pt", "model.init_from: .*text.pt is a pickle, which can run code; convert it"),
     ("text.safetensors", "model.init_from: .*text.safetensors cannot be read: "),
     ("mlp.safetensors", "none of the 6 tensors in .* has a name and shape of this model's; the "
                         "file has 1.bias, .*; the model has stem.weight, .* and 48 more"),
@@ -250,6 +250,43 @@ def test_weights_that_cannot_be_had_are_refused(tmp_path, path, message):
     with pytest.raises(UserError, match=message) as caught:
         models.start_weights(build("resnet", width=4), str(tmp_path / path), [])
     assert "\n" not in str(caught.value)
+
+
+class Code:
+    """Unpickled, it makes a folder."""
+
+    def __reduce__(self):
+        import os
+
+        return os.mkdir, ("ran",)
+
+
+@pytest.mark.parametrize("wrap", [
+    lambda state: state,
+    lambda state: {"state_dict": state, "epoch": 3},
+    lambda state: {"model": {f"module.{name}": tensor for name, tensor in state.items()}},
+], ids=["plain", "nested", "ddp"])
+def test_tensors_of_a_pickle_are_read_where_it_is_allowed(tmp_path, wrap):
+    trained, model = other("resnet", width=4), build("resnet", width=4)
+    torch.save(wrap(trained.state_dict()), tmp_path / "w.pt")
+    with pytest.raises(UserError, match="w.pt is a pickle.*--model.allow_pickle"):
+        models.start_weights(model, str(tmp_path / "w.pt"), [])
+    [line] = models.start_weights(model, str(tmp_path / "w.pt"), [], allow_pickle=True)
+    num = len(trained.state_dict())
+    assert line == f"model: {num} of {num} tensors from {tmp_path}/w.pt"
+    assert all(t.equal(model.state_dict()[name]) for name, t in trained.state_dict().items())
+
+
+@pytest.mark.parametrize("content", [{"stem.weight": Code()}, Code(), [1, 2]],
+                         ids=["inside", "alone", "a_list"])
+def test_a_pickle_runs_nothing(tmp_path, monkeypatch, content):
+    monkeypatch.chdir(tmp_path)
+    torch.save(content, "w.pt")
+    for allowed in (False, True):
+        with pytest.raises(UserError) as caught:
+            models.start_weights(build("resnet", width=4), "w.pt", [], allow_pickle=allowed)
+        assert "\n" not in str(caught.value)
+    assert not (tmp_path / "ran").exists()
 
 
 # ---- frozen weights ----

@@ -38,6 +38,8 @@ class ModelOptions(Options):
     init_from: str | None = None
     """Weights to start from: a .safetensors file, or a run or other folder with one; tensors of
     another shape or name are listed and left as they are."""
+    allow_pickle: bool = False
+    """Let init_from read a file of torch.save (.pt, .pth, .bin, .ckpt): its tensors only."""
     freeze: list[str] = []
     """Patterns such as stem* or blocks.0.*: parameters of these names are not trained, and batch
     norms of which none is trained keep their statistics."""

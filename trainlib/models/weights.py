@@ -7,13 +7,14 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from trainlib.config import UserError
 from trainlib.models.inputs import INPUT_BUFFERS
 
 _SHOWN = 8  # tensors named in a line
+_PICKLED = (".pt", ".pth", ".bin", ".ckpt")
 
 
 def weights_file(path: str | Path) -> Path:
@@ -38,11 +39,14 @@ def weights_file(path: str | Path) -> Path:
     return found
 
 
-def start_weights(model: nn.Module, init_from: str | None, freeze: list[str]) -> list[str]:
+def start_weights(
+    model: nn.Module, init_from: str | None, freeze: list[str], allow_pickle: bool = False
+) -> list[str]:
     """Loads and freezes what the options name.
 
     Args:
         model: in training mode.
+        allow_pickle: whether files of torch.save are read, too, and of these tensors only.
 
     Returns:
         A line about each, for the log.
@@ -53,7 +57,13 @@ def start_weights(model: nn.Module, init_from: str | None, freeze: list[str]) ->
     lines = []
     if init_from is not None:
         try:
-            lines += [_load(model, weights_file(init_from))]
+            is_pickle = Path(init_from).suffix in _PICKLED and Path(init_from).is_file()
+            if is_pickle and not allow_pickle:
+                raise UserError(f"{init_from} is a pickle, which can run code; convert it to "
+                                ".safetensors, or, if it is yours, give --model.allow_pickle, "
+                                "which reads tensors only")
+            file = Path(init_from) if is_pickle else weights_file(init_from)
+            lines += [_load(model, file, _unpickled(file) if is_pickle else _tensors(file))]
         except UserError as error:
             raise UserError(f"model.init_from: {error}") from error
     if freeze:
@@ -61,12 +71,32 @@ def start_weights(model: nn.Module, init_from: str | None, freeze: list[str]) ->
     return lines
 
 
-@torch.no_grad()
-def _load(model: nn.Module, file: Path) -> str:
+def _tensors(file: Path) -> dict[str, Tensor]:
     try:
-        given = load_file(file)
+        return load_file(file)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file} cannot be read: {error}") from error
+
+
+def _unpickled(file: Path) -> dict[str, Tensor]:
+    """The tensors of a file of torch.save, under the key that trainers give them, if under one."""
+    try:
+        # Nothing but tensors and plain containers is built; anything else is refused.
+        found = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # of whatever the file makes the reader raise
+        raise UserError(f"{file} cannot be read as tensors only: {type(error).__name__}; convert "
+                        "it to .safetensors where it was made") from error
+    for key in ("state_dict", "model_state_dict", "model"):
+        if isinstance(found, dict) and isinstance(found.get(key), dict):
+            found = found[key]
+    if not isinstance(found, dict):
+        raise UserError(f"{file} holds a {type(found).__name__}; a state_dict is needed")
+    return {str(name).removeprefix("module."): tensor for name, tensor in found.items()
+            if isinstance(tensor, Tensor)}
+
+
+@torch.no_grad()
+def _load(model: nn.Module, file: Path, given: dict[str, Tensor]) -> str:
     # The scale of the inputs is that of the data, whatever the weights were trained on.
     given = {name: t for name, t in given.items() if name not in INPUT_BUFFERS}
     own = {name: t for name, t in model.state_dict().items() if name not in INPUT_BUFFERS}
