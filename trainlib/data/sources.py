@@ -62,7 +62,7 @@ def open_source(options: DataOptions) -> Source:
     """
     if options.source.startswith("builtin:"):
         refuse_options(options, ("revision", "subset", "input", "channels", "image_size",
-                                  "train_split", "validation_split"), "is built in")
+                                 "train_split", "validation_split"), "is built in")
         if options.source in builtin.TEXTS:
             return Source([], ["text"], lambda tasks: _split_builtin_texts(options, tasks))
         table = builtin.TABLES[options.source]()
