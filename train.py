@@ -19,7 +19,7 @@ from pydantic import Field
 
 from trainlib import data, models, optim, plan, runtime, tasks
 from trainlib.batchnorm import BatchStatistics
-from trainlib.checkpoint import export
+from trainlib.checkpoint import CheckpointOptions, Checkpoints
 from trainlib.config import Options, read, recipe_name, to_yaml
 from trainlib.data import BatchOptions, DataOptions
 from trainlib.ema import Ema
@@ -51,12 +51,14 @@ class TrainOptions(Options):
     optim: OptimOptions = OptimOptions()
     schedule: ScheduleOptions = ScheduleOptions()
     loop: LoopOptions = LoopOptions()
+    checkpoint: CheckpointOptions = CheckpointOptions()
     log: LogOptions = LogOptions()
 
 
 def main(arguments: list[str]) -> None:
     # ---- options and machine ----
     options = read(TrainOptions, arguments, __doc__)
+    folder = runtime.RunFolder(Path(options.run_dir or f"runs/{recipe_name(arguments)}"))
     accelerator = runtime.make_accelerator(
         options.log.trackers, options.deterministic, options.cpu_threads
     )
@@ -98,20 +100,32 @@ def main(arguments: list[str]) -> None:
     optimizer = optim.build_optimizer(options.optim, module)
 
     # ---- run folder: nothing is written before everything above has been accepted ----
-    run_dir = Path(options.run_dir or f"runs/{recipe_name(arguments)}")
+    run_dir = folder.path
     config = to_yaml(options.model_copy(update={
         "data": options.data.model_copy(update={"input": dataset.inputs}),
         "model": model_options, "tasks": task_options,
         "loop": options.loop.model_copy(update={"monitor": monitor}),
     }))
     labels = tasks.labels(task_list)
-    folder = runtime.RunFolder(run_dir, accelerator, config)
-    run_log = RunLog(
-        accelerator, run_dir, options.log, config, total_steps, batch.global_size, num_samples
+    fingerprint = data.fingerprint(dataset)
+    folder.open(accelerator, config, fingerprint, options.checkpoint.steal_lock)
+    checkpoints = Checkpoints(
+        run_dir, accelerator, options.checkpoint, total_steps, num_samples,
+        {"seed": options.seed, "batch.global_size": batch.global_size,
+         "batch.micro_size": batch.micro_size, "data": fingerprint}, config,
     )
-    folder.at_exit = run_log.close
+    start = checkpoints.find_start(module)
+    state = Progress(**start.progress)
+    folder.start(accelerator, config, state.step, start.log_sizes)
+    run_log = RunLog(
+        accelerator, run_dir, options.log, config, total_steps, batch.global_size, num_samples,
+        state.step,
+    )
+    checkpoints.open(run_log.say, folder.check_lock)
+    folder.at_exit = [checkpoints.wait, run_log.close]
     idle = plan.idle_warning(batch.global_size, batch.micro_size, world_size)
-    for line in (dataset.description, *notes, models.parameter_table(module), idle):
+    for line in (dataset.description, *notes, models.parameter_table(module), idle, *folder.notes,
+                 *start.notes):
         run_log.say(line)
 
     # ---- the parts of a step ----
@@ -119,13 +133,14 @@ def main(arguments: list[str]) -> None:
     model, prepared = accelerator.prepare(module, optimizer)
     module = accelerator.unwrap_model(model, keep_torch_compile=False)
     # After prepare, which puts other buffers into the module.
-    batch_statistics = BatchStatistics(module, num_micro_batches)
     ema = Ema(module, half_life_steps) if half_life_steps else None
     averaged = ema.applied if ema else nullcontext
-    if options.model.compile:
-        module.compile(backend=options.model.compile, dynamic=False)  # all shapes are fixed
     optimizer = prepared.optimizer  # the wrapper costs a fifth of a small step and hides the scaler
     scaler = accelerator.scaler
+    start.restore(accelerator, module, optimizer, ema)
+    batch_statistics = BatchStatistics(module, num_micro_batches)
+    if options.model.compile:
+        module.compile(backend=options.model.compile, dynamic=False)  # all shapes are fixed
     parameters = [p for p in model.parameters() if p.requires_grad]
     max_grad_norm = options.optim.max_grad_norm or float("inf")
     max_grad_value = options.optim.max_grad_value
@@ -141,7 +156,9 @@ def main(arguments: list[str]) -> None:
     )
     exact_sum = batch.exact_sum if batch.exact_sum is not None else device.type == "cpu"
     sums = StepSums(
-        accelerator, model, {"loss": len(task_list), "batch_norm": batch_statistics.size},
+        accelerator, model,
+        {"loss": len(task_list), "batch_norm": batch_statistics.size,
+         "requests": runtime.Requests.NUM},
         exact_sum, len(assignments),
     )
     guard = Guard(
@@ -151,8 +168,6 @@ def main(arguments: list[str]) -> None:
     )
     arguments = model_arguments(module, task_list)
     readback = Readback(device)
-    state = Progress()
-    best_results = {}
 
     def peak_share(step: int) -> float:
         return state.lr_factor * lr_multiplier(
@@ -171,9 +186,33 @@ def main(arguments: list[str]) -> None:
         return sum(shares[1:], start=shares[0]), shares
 
     # ---- loop ----
+    # From here on a signal is a request, which all processes meet at the same step.
+    requests = runtime.hold_signals(accelerator, checkpoints.every_seconds)
     # twin loop: begin
-    is_stopped = False
-    while state.step < total_steps and not is_stopped:
+    while True:
+        if state.awaits_evaluation and not requests.stop:
+            started = time.perf_counter()
+            with averaged():
+                results = evaluate(module, validation, task_list, accelerator, requests.agree)
+                if results is None:  # asked to stop: it is done again after the resume
+                    continue
+                metrics = tasks.logged_metrics(task_list, results)
+                improved = state.observe(metrics[monitor], lower_is_better, results)
+                if improved:
+                    checkpoints.export("best", module, labels, results)
+            if options.schedule.name == "plateau":
+                state.reduce_on_plateau(
+                    metrics[monitor], lower_is_better,
+                    options.schedule.final_fraction, **schedule_args,
+                )
+            run_log.evaluation(state.step, metrics, shown, improved, time.perf_counter() - started)
+        is_over = state.is_over(total_steps, options.loop.patience)
+        if checkpoints.is_due(state.step, is_over or requests.stop or requests.save):
+            checkpoints.save(module, optimizer, ema, state)
+            requests.saved()
+        if is_over or requests.stop:
+            break
+
         # twin step: begin
         step = state.step
         lr = optim.set_learning_rate(optimizer, options.optim.lr * peak_share(step))
@@ -190,6 +229,7 @@ def main(arguments: list[str]) -> None:
             sums.add_gradients(micro_batch.is_real)
             sums.add("loss", shares, micro_batch.is_real)
             batch_statistics.add_to(sums["batch_norm"], micro_batch.is_real)
+        requests.add_to(sums["requests"])
         sums.reduce()
         losses = sums["loss"]
         grad_norm = accelerator.clip_grad_norm_(parameters, max_grad_norm)
@@ -212,43 +252,32 @@ def main(arguments: list[str]) -> None:
         # twin step: end
         folder.step = state.step
 
-        evaluates = is_time(state.step, eval_every, total_steps)
-        for record in readback.push(step, lr, losses, grad_norm, flush=evaluates):
-            run_log.say(guard.observe(record))
+        state.awaits_evaluation = is_time(state.step, eval_every, total_steps)
+        flush = state.awaits_evaluation or checkpoints.is_due(state.step, False)
+        for record in readback.push(step, lr, losses, grad_norm, sums["requests"], flush):
+            run_log.say(guard.observe(record, state))
             run_log.training(record, task_list, reader.item_counts)
-        if evaluates:
-            started = time.perf_counter()
-            with averaged():
-                results = evaluate(module, validation, task_list, accelerator)
-                metrics = tasks.logged_metrics(task_list, results)
-                improved = state.observe(metrics[monitor], lower_is_better)
-                if improved:
-                    best_results = results
-                    if accelerator.is_main_process:
-                        export(run_dir / "best", module, config, labels, results)
-            if options.schedule.name == "plateau":
-                state.reduce_on_plateau(
-                    metrics[monitor], lower_is_better,
-                    options.schedule.final_fraction, **schedule_args,
-                )
-            run_log.evaluation(state.step, metrics, shown, improved, time.perf_counter() - started)
-            is_stopped = state.is_out_of_patience(options.loop.patience)
+            requests.take(record.requests)
     # twin loop: end
 
     # ---- end ----
-    if accelerator.is_main_process:
+    if is_over:
         with averaged():
-            export(run_dir / "final", module, config, labels, results)
+            checkpoints.export("final", module, labels, state.results)
+    checkpoints.finish()
+    if not is_over:
+        raise runtime.Preempted(f"{requests.reason} at step {state.step} of {total_steps}: all is "
+                                "saved; run the same command again to go on")
     run_log.close()
     for task in task_list:
-        if best_results:
+        if state.best_results:
             run_log.say(f"\n{task.name}, validation, best weights (step {state.best_step}):\n"
-                        + task.report(best_results[task.name]))
+                        + task.report(state.best_results[task.name]))
     if state.step < total_steps:
         run_log.say(f"\nstopped early at step {state.step} of {total_steps}: "
                     f"{monitor} has not improved {options.loop.patience} times in a "
                     f"row. The best weights, of step {state.best_step}, are the result.")
-    if not best_results:
+    if not state.best_results:
         run_log.say(f"\nno evaluation gave a finite {monitor}: there is no best/")
     else:
         run_log.say(

@@ -91,13 +91,17 @@ def fence_steps(model_options: models.ModelOptions, dataset: data.Dataset):
     batch_plan = plan.BatchPlan(len(dataset.train), BATCH_SIZE, 0)
     assignments = plan.assign(BATCH_SIZE, BATCH_SIZE, 0, 1)
     batch_statistics = BatchStatistics(module, 1)
-    sums = StepSums(accelerator, model, {"loss": 1, "batch_norm": batch_statistics.size}, True, 1)
+    requests = runtime.hold_signals(accelerator, 600)
+    sizes = {"loss": 1, "batch_norm": batch_statistics.size, "requests": requests.NUM}
+    sums = StepSums(accelerator, model, sizes, True, 1)
     items = {task.name: task.items(dataset.train.num_valid[task.name]) for task in task_list}
     source = ast.parse(
         "def run(num_steps):\n"
         "    for _ in range(num_steps):\n        pass\n"
-        "        for record in readback.push(step, lr, losses, grad_norm, flush=False):\n"
-        "            guard.observe(record)\n"
+        "        requested = sums['requests']\n"
+        "        for record in readback.push(step, lr, losses, grad_norm, requested, False):\n"
+        "            guard.observe(record, state)\n"
+        "            requests.take(record.requests)\n"
     )
     source.body[0].body[0].body[0:1] = ast.parse(fenced_step()).body
 
@@ -108,7 +112,8 @@ def fence_steps(model_options: models.ModelOptions, dataset: data.Dataset):
 
     names = {
         "optimizer": prepared.optimizer, "scaler": None, "state": Progress(), "model": model,
-        "accelerator": accelerator, "options": options, "batch": batch, "sums": sums,
+        "requests": requests, "accelerator": accelerator, "options": options, "batch": batch,
+        "sums": sums,
         "batch_statistics": batch_statistics, "plan": plan,
         "optim": optim, "objective": objective, "parameters": list(model.parameters()),
         "max_grad_norm": 1.0, "max_grad_value": None, "num_micro_batches": 1,

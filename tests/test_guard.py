@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from trainlib.guard import MAX_BAD_STEPS_IN_A_ROW, Diverged, Guard, Readback, StepRecord
+from trainlib.progress import Progress
 
 FINE, NAN, INF = torch.tensor(1.0), torch.tensor(float("nan")), torch.tensor(float("inf"))
 
@@ -59,43 +60,44 @@ def test_only_fused_optimizers_are_trusted_with_the_flag():
 
 
 def record(step, loss=1.0, norm=1.0):
-    return StepRecord(step, 0.1, [loss], norm)
+    return StepRecord(step, 0.1, [loss], norm, [0.0, 0.0])
 
 
 def test_bad_steps_are_listed_and_ten_in_a_row_end_the_run(tmp_path):
     file = tmp_path / "bad_steps.jsonl"
-    guard = guard_of(file=file)
-    assert guard.observe(record(0)) is None and not file.exists()
-    line = guard.observe(record(1, loss=float("nan")))
+    guard, progress = guard_of(file=file), Progress()
+    assert guard.observe(record(0), progress) is None and not file.exists()
+    line = guard.observe(record(1, loss=float("nan")), progress)
     assert "step 1: the loss is not finite" in line and "row 7" in line
-    assert "gradient" in guard.observe(record(2, norm=float("inf")))
-    guard.observe(record(3))  # a good step in between starts the count again
+    assert "gradient" in guard.observe(record(2, norm=float("inf")), progress)
+    guard.observe(record(3), progress)  # a good step in between starts the count again
     for step in range(4, 3 + MAX_BAD_STEPS_IN_A_ROW):
-        guard.observe(record(step, norm=float("nan")))
+        guard.observe(record(step, norm=float("nan")), progress)
     with pytest.raises(Diverged, match="10 steps in a row"):
-        guard.observe(record(99, norm=float("nan")))
+        guard.observe(record(99, norm=float("nan")), progress)
     entries = [json.loads(entry) for entry in file.read_text().splitlines()]
     assert entries[0] == {"step": 1, "reason": "loss", "suspects": [7], "rows": [6, 7]}
     assert len(entries) == 12
 
 
 def test_processes_without_the_file_only_count():
-    guard = guard_of(file=None)
+    guard, progress = guard_of(file=None), Progress()
     guard.inspect_step = None
-    assert "skipped" in guard.observe(record(1, loss=float("nan")))
+    assert "skipped" in guard.observe(record(1, loss=float("nan")), progress)
 
 
 def test_on_a_cpu_values_are_read_at_once():
     readback = Readback(torch.device("cpu"))
-    [got] = readback.push(4, 0.5, torch.tensor([2.0], dtype=torch.float64), FINE, flush=False)
-    assert got == StepRecord(4, 0.5, [2.0], 1.0) and got.is_finite
+    losses, requests = torch.tensor([[2.0], [3.0]], dtype=torch.float64)
+    [got] = readback.push(4, 0.5, losses, FINE, requests, flush=False)
+    assert got == StepRecord(4, 0.5, [2.0], 1.0, [3.0]) and got.is_finite
 
 
 def test_the_search_for_a_loss_scale_is_no_bad_step():
-    guard = guard_of(scaler=torch.amp.GradScaler("cpu", init_scale=4.0))
+    guard, progress = guard_of(scaler=torch.amp.GradScaler("cpu", init_scale=4.0)), Progress()
     guard.scaler.scale(FINE)  # makes the scale exist
     for step in range(30):
-        assert guard.observe(record(step, norm=float("inf"))) is None
-    assert "loss" in guard.observe(record(30, loss=float("nan")))
+        assert guard.observe(record(step, norm=float("inf")), progress) is None
+    assert "loss" in guard.observe(record(30, loss=float("nan")), progress)
     guard.scaler.update(0.5)
-    assert "gradient" in guard.observe(record(31, norm=float("inf")))
+    assert "gradient" in guard.observe(record(31, norm=float("inf")), progress)

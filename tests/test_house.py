@@ -12,7 +12,10 @@ from train import TrainOptions
 from trainlib import config
 
 ROOT = Path(__file__).resolve().parent.parent
-LEVEL_0 = {"config", "plan", "schedule", "losses", "metrics", "augment", "muon", "user_code"}
+LEVEL_0 = {
+    "config", "plan", "schedule", "losses", "metrics", "augment", "muon", "user_code", "agreement",
+    "durable",
+}
 SCRIPTS = {"train.py": (TrainOptions, 300)}
 
 

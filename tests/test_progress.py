@@ -17,18 +17,22 @@ def test_only_a_strictly_better_value_is_best():
     seen = []
     for step, value in enumerate([0.5, 0.5, 0.7, float("nan"), 0.6]):
         progress.step = step
-        seen.append(progress.observe(value, lower_is_better=False))
+        seen.append(progress.observe(value, False, {"task": {"accuracy": value}}))
     assert seen == [True, False, True, False, False]
     assert (progress.best_value, progress.best_step) == (0.7, 2)
-    assert progress.is_out_of_patience(2) and not progress.is_out_of_patience(3)
-    assert not progress.is_out_of_patience(None)
+    assert progress.best_results == {"task": {"accuracy": 0.7}}
+    assert progress.results == {"task": {"accuracy": 0.6}}
+    assert progress.is_over(100, patience=2) and not progress.is_over(100, patience=3)
+    assert progress.is_over(4, None) and not progress.is_over(5, None)
+    progress.awaits_evaluation = True  # by which patience may be regained
+    assert not progress.is_over(4, patience=2)
 
 
 def test_less_is_better_for_a_loss():
     assert check_monitor("eval/loss", ["eval/loss", "eval/accuracy"])
     assert not check_monitor("eval/accuracy", ["eval/loss", "eval/accuracy"])
     progress = Progress()
-    assert [progress.observe(v, True) for v in (2.0, 3.0, 1.0)] == [True, False, True]
+    assert [progress.observe(v, True, {}) for v in (2.0, 3.0, 1.0)] == [True, False, True]
     with pytest.raises(UserError, match="did you mean 'eval/accuracy'"):
         check_monitor("eval/acuracy", ["eval/loss", "eval/accuracy"])
 

@@ -3,13 +3,17 @@ processes.
 """
 
 import multiprocessing
+import os
+import signal
+import subprocess
+import sys
 import time
 
 import datasets
 import numpy as np
 import pytest
 import torch
-from launching import load
+from launching import ROOT, load
 
 from trainlib import data, plan
 from trainlib.data import loading, reading
@@ -94,6 +98,57 @@ def test_workers_go_on_from_step_to_step_and_end_with_their_reader(image_folder,
     begin = time.monotonic()
     del reader  # without the cyclic garbage collector, in which workers take 5 seconds each
     assert not multiprocessing.active_children() and time.monotonic() - begin < 4
+
+
+def test_workers_outlive_the_signals_that_schedulers_and_terminals_send(image_folder):
+    split = load("label", source=image_folder, in_memory=False, workers=2).train
+    reader = data.Reader(split, plan.BatchPlan(26, 8, 0), plan.assign(8, 4, 0, 1), CPU)
+    reader.take(0)  # of both workers, which are therefore well under way
+    workers = multiprocessing.active_children()
+    for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2"):
+        for worker in workers:
+            os.kill(worker.pid, getattr(signal, name))
+    for step in range(1, 9):
+        reader.take(step)
+    assert len(workers) == 2 and all(worker.is_alive() for worker in workers)
+    begin = time.monotonic()
+    del reader
+    assert not any(worker.is_alive() for worker in workers) and time.monotonic() - begin < 10
+
+
+@pytest.mark.parametrize("end", ["sys.exit(7)", "raise ValueError('here')", "pass"])
+@pytest.mark.parametrize("seconds", [0, 60], ids=["idle", "busy"])
+def test_a_script_that_leaves_its_workers_half_way_ends(end, seconds):
+    """Held by a global name or by a traceback, a loader is not freed before its script has ended.
+
+    A worker may also be in the middle of what takes long.
+    """
+    script = f"""
+import multiprocessing, sys, time
+import numpy, torch
+from trainlib.data import reading
+
+def decode(rows):
+    time.sleep({seconds} * (rows[0] > 1))
+    return torch.zeros(1)
+
+stream = reading.decoded(decode, [numpy.array([number]) for number in range(99)], 2)
+next(stream), next(stream)
+print(*(child.pid for child in multiprocessing.active_children()))
+{end}
+"""
+    begin = time.monotonic()
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True,
+                            text=True, timeout=60)
+    workers = [int(number) for number in result.stdout.split()]
+    code = {"sys.exit(7)": 7, "pass": 0}.get(end, 1)
+    assert result.returncode == code and len(workers) == 2, result.stderr
+    # Nothing is said but the script's own error.
+    assert result.stderr.strip().splitlines()[-1:] == ["ValueError: here"] * (code == 1)
+    assert time.monotonic() - begin < 20  # of which the start takes up to ten
+    for worker in workers:
+        with pytest.raises(ProcessLookupError):
+            os.kill(worker, 0)
 
 
 def test_a_data_set_stays_in_memory_where_it_fits_in_a_quarter(image_folder, monkeypatch):

@@ -22,7 +22,8 @@ def test_the_default_command_learns_digits_and_writes_its_folder(tmp_path):
     assert result.returncode == 0, result.stderr
     run = tmp_path / "run"
     assert {p.name for p in run.iterdir()} == {
-        "config.yaml", "environment.json", "metrics.jsonl", "exit.json", "best", "final", "wandb"
+        "config.yaml", "environment.json", "metrics.jsonl", "exit.json", "best", "final", "wandb",
+        "checkpoints",
     }
     assert json.loads((run / "exit.json").read_text()) == {
         "code": 0, "reason": "finished", "step": 1348  # ceil(60 * 1437 / 64)
@@ -63,13 +64,6 @@ def test_a_finished_run_says_so_and_another_recipe_is_refused(tmp_path):
     assert "optim.lr (0.001 there, 0.005 here)" in other.stderr and "Traceback" not in other.stderr
     assert (run / "metrics.jsonl").read_text() == before
     assert json.loads((run / "exit.json").read_text())["code"] == 0
-
-
-def test_a_run_that_was_cut_off_starts_again_to_the_same_weights(tmp_path):
-    run = train(tmp_path / "run", *QUICK)
-    undisturbed = train(tmp_path / "undisturbed", *QUICK)
-    (run / "exit.json").unlink()
-    assert_same_run(train(run, *QUICK), undisturbed)
 
 
 def test_the_config_of_a_run_is_a_recipe_for_that_run(tmp_path):

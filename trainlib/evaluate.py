@@ -30,26 +30,40 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, reader: EvalReader, tasks: list[Task], accelerator: Accelerator
-) -> dict[str, dict]:
+    model: nn.Module, reader: EvalReader, tasks: list[Task], accelerator: Accelerator,
+    is_asked_to_stop: Callable[[], bool] = lambda: False,
+) -> dict[str, dict] | None:
     """The metrics of each task over every sample of a split, the same on every process.
 
     Args:
         model: the module inside any wrapper; put into eval mode and back.
         reader: this process's batches of the split.
+        is_asked_to_stop: agreed by all processes, which ask it equally often, between batches.
+
+    Returns:
+        By task; none where the answer was yes.
     """
-    device = accelerator.device
+    device, world_size = accelerator.device, accelerator.num_processes
+    # On a GPU an answer waits for the device.
+    rounds_between = 8 if device.type == "cuda" else 1
     zeros = partial(torch.zeros, dtype=sum_dtype(device), device=device)
     counts = [zeros(task.num_counts) for task in tasks]
     sums = [zeros(reader.num_batches, task.num_sums) for task in tasks]
     arguments = model_arguments(model, tasks)
+    batches = iter(reader)
     with eval_mode(model):
-        for number, inputs, targets in reader:
+        for round_number in range(-(-reader.num_batches // world_size)):
+            if round_number % rounds_between == 0 and is_asked_to_stop():
+                return None
+            batch = next(batches, None)
+            if batch is None:  # the last round may have fewer batches than processes
+                break
+            number, inputs, targets = batch
             output = model(inputs, **arguments(targets))
             for task, task_counts, task_sums in zip(tasks, counts, sums, strict=True):
                 batch_counts, task_sums[number] = task.statistics(output, targets)
                 task_counts += batch_counts
-    if accelerator.num_processes > 1:
+    if world_size > 1:
         for total in [*counts, *sums]:
             torch.distributed.all_reduce(total)
     return {

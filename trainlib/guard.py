@@ -5,14 +5,19 @@ read; on an accelerator the fused optimizers read a device flag, and the host le
 step one step late, so that a normal step never waits for the device.
 """
 
+from __future__ import annotations
+
 import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from trainlib.progress import Progress
 
 MAX_BAD_STEPS_IN_A_ROW = 10
 
@@ -31,6 +36,8 @@ class StepRecord(NamedTuple):
     losses: list[float]
     """By task: its weight times its mean loss."""
     grad_norm: float
+    requests: list[float]
+    """How many processes asked to stop, and to save."""
 
     @property
     def is_finite(self) -> bool:
@@ -42,33 +49,38 @@ class Readback:
 
     def __init__(self, device: torch.device):
         self.is_late = device.type == "cuda"
-        self._pending: list[tuple[int, float, Tensor, torch.cuda.Event]] = []
+        self._pending: list[tuple[int, float, list[int], Tensor, torch.cuda.Event]] = []
 
     def push(
-        self, step: int, lr: float, losses: Tensor, grad_norm: Tensor, flush: bool
+        self, step: int, lr: float, losses: Tensor, grad_norm: Tensor, requests: Tensor, flush: bool
     ) -> list[StepRecord]:
         """Hands a step's values over.
 
         Args:
-            losses: [tasks]; grad_norm: scalar.
-            flush: wait for this very step, too.
+            losses: [tasks]; grad_norm: scalar; requests: [2].
+            flush: wait for this very step, too; so do requests, which are for a checkpoint.
 
         Returns:
             The records that are on the host now, oldest first.
         """
         if not self.is_late:
-            return [StepRecord(step, lr, losses.tolist(), grad_norm.item())]
-        values = torch.cat([losses, grad_norm.to(losses.dtype).view(1)])
+            return [StepRecord(step, lr, losses.tolist(), grad_norm.item(), requests.tolist())]
+        values = torch.cat([losses, requests, grad_norm.to(losses.dtype).view(1)])
+        sizes = [len(losses), len(requests), 1]
         values = values.to("cpu", non_blocking=True)
         event = torch.cuda.Event()
         event.record()
-        self._pending.append((step, lr, values, event))
-        records = []
-        while len(self._pending) > (0 if flush else 1):
-            step, lr, values, event = self._pending.pop(0)
+        self._pending.append((step, lr, sizes, values, event))
+        records: list[StepRecord] = []
+        while self._pending and (
+            flush or len(self._pending) > 1 or any(any(r.requests) for r in records)
+        ):
+            step, lr, sizes, values, event = self._pending.pop(0)
             event.synchronize()
-            *losses, norm = values.tolist()
-            records.append(StepRecord(step, lr, losses, norm))
+            losses, requests, norm = values.split(sizes)
+            records.append(
+                StepRecord(step, lr, losses.tolist(), norm.item(), requests.tolist())
+            )
         return records
 
 
@@ -97,7 +109,6 @@ class Guard:
         # as it does for the scaler, which reads on the host itself.
         self.on_device = device.type == "cuda" and is_fused and scaler is None
         self.healthy: bool | Tensor = True
-        self.bad_in_a_row = 0
 
     def allows(self, losses: Tensor, grad_norm: Tensor) -> bool:
         """Whether the script may call ``optimizer.step()``; ``healthy`` holds the verdict.
@@ -112,8 +123,8 @@ class Guard:
         self.optimizer.grad_scale = None
         return True
 
-    def observe(self, record: StepRecord) -> str | None:
-        """Takes note of a step.
+    def observe(self, record: StepRecord, progress: Progress) -> str | None:
+        """Takes note of a step, and in ``progress`` of how many in a row were bad.
 
         Returns:
             A line about a skipped step, for the log.
@@ -122,11 +133,12 @@ class Guard:
             Diverged: too many skipped steps in a row.
         """
         if record.is_finite:
-            self.bad_in_a_row = 0
+            progress.bad_steps_in_a_row = 0
             return None
         if self._is_scale_search(record):
             return None
-        self.bad_in_a_row += 1
+        progress.bad_steps_in_a_row += 1
+        in_a_row = progress.bad_steps_in_a_row
         what = "loss" if not all(map(math.isfinite, record.losses)) else "gradient"
         line = f"step {record.step}: the {what} is not finite; update skipped on all processes"
         if self.bad_steps_file is not None:
@@ -139,10 +151,10 @@ class Guard:
                 more = len(details["suspects"]) - 5
                 line += f"; non-finite loss in row {shown}" + (f" and {more} more" * (more > 0))
             line += f" ({self.bad_steps_file.name})"
-        if self.bad_in_a_row >= MAX_BAD_STEPS_IN_A_ROW:
+        if in_a_row >= MAX_BAD_STEPS_IN_A_ROW:
             raise Diverged(
-                f"{line}. {self.bad_in_a_row} steps in a row: training has diverged; lower "
-                "--optim.lr, or look at the samples named there"
+                f"{line}. {in_a_row} steps in a row: training has diverged; lower --optim.lr, or "
+                "look at the samples named there"
             )
         return line
 

@@ -1,7 +1,7 @@
 """How long a run is, where it stands, and when it has stopped improving."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
 from pydantic import AfterValidator, Field
@@ -27,10 +27,14 @@ class LoopOptions(Options):
 
 @dataclass
 class Progress:
-    """Where a run stands: all that early stopping, the choice of the best weights and the
-    reductions of the plateau schedule rest on, as plain numbers for a checkpoint's JSON."""
+    """Where a run stands: all that early stopping, the choice of the best weights, the guard and
+    the reductions of the plateau schedule rest on, as plain data for a checkpoint's JSON."""
 
     step: int = 0
+    awaits_evaluation: bool = False  # of the weights after this very step
+    bad_steps_in_a_row: int = 0
+    results: dict[str, dict] = field(default_factory=dict)  # of the last evaluation, by task
+    best_results: dict[str, dict] = field(default_factory=dict)
     best_value: float | None = None
     best_step: int = 0
     evaluations_since_best: int = 0
@@ -39,15 +43,21 @@ class Progress:
     plateau_bad_evaluations: int = 0
     plateau_cooldown_left: int = 0
 
-    def observe(self, value: float, lower_is_better: bool) -> bool:
-        """Takes an evaluation's value in and says whether it is the best so far."""
+    def observe(self, value: float, lower_is_better: bool, results: dict[str, dict]) -> bool:
+        """Takes an evaluation in and says whether it is the best so far.
+
+        Args:
+            value: of the monitored metric.
+            results: of each task.
+        """
+        self.results, self.awaits_evaluation = results, False
         improved = math.isfinite(value) and (
             self.best_value is None
             or (value < self.best_value if lower_is_better else value > self.best_value)
         )
         self.evaluations_since_best = 0 if improved else self.evaluations_since_best + 1
         if improved:
-            self.best_value, self.best_step = value, self.step
+            self.best_value, self.best_step, self.best_results = value, self.step, results
         return improved
 
     def reduce_on_plateau(
@@ -79,9 +89,10 @@ class Progress:
             self.plateau_bad_evaluations = 0
             self.plateau_cooldown_left = cooldown
 
-    def is_out_of_patience(self, patience: int | None) -> bool:
-        """Whether so many evaluations in a row brought no new best."""
-        return patience is not None and self.evaluations_since_best >= patience
+    def is_over(self, total_steps: int, patience: int | None) -> bool:
+        """Whether the run is at its end, or so many evaluations in a row brought no new best."""
+        is_out_of_patience = patience is not None and self.evaluations_since_best >= patience
+        return not self.awaits_evaluation and (self.step >= total_steps or is_out_of_patience)
 
 
 def check_monitor(monitor: str, names: list[str]) -> bool:

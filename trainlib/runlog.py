@@ -53,6 +53,7 @@ class RunLog:
         total_steps: int,
         samples_per_step: int,
         num_samples: int,
+        first_step: int,
     ):
         self.accelerator, self.device = accelerator, accelerator.device
         self.is_main = accelerator.is_main_process
@@ -60,14 +61,16 @@ class RunLog:
             options.every, total_steps, samples_per_step
         )
         self.epochs_per_step = samples_per_step / num_samples
-        self._last = (0, time.perf_counter())
+        self._last = (first_step, time.perf_counter())
         self._train_loss = math.nan
         if not self.is_main:
             return
-        self._file = (folder / "metrics.jsonl").open("w", encoding="utf-8")
+        self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
         self._bar = None
         if sys.stderr.isatty():
-            self._bar = tqdm(total=total_steps, unit="step", dynamic_ncols=True)
+            self._bar = tqdm(
+                total=total_steps, initial=first_step, unit="step", dynamic_ncols=True
+            )
         self._tracking = bool(options.trackers) and self._start_trackers(folder, options, config)
 
     def say(self, line: str | None) -> None:

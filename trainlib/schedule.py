@@ -14,6 +14,9 @@ from typing import Any
 _DURATION = re.compile(
     r"\s*([0-9]+(?:\.[0-9]*)?(?:e[-+]?[0-9]+)?)\s*(epochs?|steps?|%)\s*", re.IGNORECASE
 )
+_CLOCK_TIME = re.compile(
+    r"\s*([0-9]+(?:\.[0-9]*)?(?:e[-+]?[0-9]+)?)\s*(minute|hour)s?\s*", re.IGNORECASE
+)
 
 # A fall from 1 towards 0, by the share (0, 1] of it that is left.
 _FALLS: dict[str, Callable[[float], float]] = {
@@ -247,6 +250,28 @@ def duration_steps(
     if unit.startswith("step"):
         return math.ceil(number)
     return math.ceil(number * num_samples / global_size - 1e-9)
+
+
+def check_interval(text: str) -> str:
+    """``text`` itself if it is a duration or reads like ``"10 minutes"`` or ``"2 hours"``.
+
+    Raises:
+        ValueError: it is neither, or no time at all.
+    """
+    match = _CLOCK_TIME.fullmatch(text) or _DURATION.fullmatch(text)
+    if match is None or not 0 < float(match[1]) < 1e15:
+        raise ValueError('an interval reads like "10 minutes", "1 epoch", "500 steps" or "5%"')
+    return text
+
+
+def interval(
+    text: str, num_samples: int, global_size: int, total_steps: int
+) -> tuple[int, float | None]:
+    """What an interval means: (steps, none), at least one step, or (0, seconds)."""
+    match = _CLOCK_TIME.fullmatch(check_interval(text))
+    if match is not None:
+        return 0, float(match[1]) * (60 if match[2].lower() == "minute" else 3600)
+    return max(1, duration_steps(text, num_samples, global_size, total_steps)), None
 
 
 def is_time(step: int, every_steps: int, total_steps: int) -> bool:

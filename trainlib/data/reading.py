@@ -6,7 +6,10 @@ augmented or normalised here.
 
 from __future__ import annotations
 
+import atexit
 import itertools
+import multiprocessing
+import signal
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -133,11 +136,33 @@ def decoded(
     loader = DataLoader(
         rows_of, sampler=row_lists, batch_size=None, num_workers=workers,
         pin_memory=pin_memory, generator=torch.Generator(),  # not the run's
+        worker_init_fn=_ignore_signals,
     )
     for read in loader:
         if isinstance(read, UserError):
             raise read
         yield read
+
+
+def _ignore_signals(worker: int) -> None:
+    """Leaves the end of a worker to the main process alone.
+
+    Schedulers and terminals signal all processes of a run, and a worker that died of it would take
+    from the main process the samples that it needs to come to a checkpoint.
+    """
+    for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2"):
+        if hasattr(signal, name):  # Windows has two of them
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
+@atexit.register  # later than multiprocessing's own, so that it runs before
+def _end_workers() -> None:
+    """Kills what is left of workers: multiprocessing asks by SIGTERM and waits without end."""
+    if hasattr(signal, "SIGCHLD"):  # torch's handler would call it an error
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 class _Rows(TorchDataset):

@@ -110,6 +110,8 @@ class Tokens(NamedTuple):
     """Of all texts in UTF-8, and of the end tokens where those are bytes."""
     vocab_size: int
     pad_id: int
+    fingerprint: str = ""
+    """Hex SHA-256 of all texts and the tokenizer's."""
 
     @property
     def num_documents(self) -> int:
@@ -217,7 +219,8 @@ def _open(entry: Path, content: _Pass) -> Tokens | None:
         return None
     tokenizer = content.tokenizer
     num_bytes = len(ids) if tokenizer.name == BYTES else content.num_bytes  # with its ends
-    return Tokens(ids, ends, num_bytes, tokenizer.vocab_size, tokenizer.pad_id)
+    return Tokens(ids, ends, num_bytes, tokenizer.vocab_size, tokenizer.pad_id,
+                  content.digest.hexdigest())
 
 
 def _make(entry: Path, content: _Pass, texts: Iterable[str]) -> None:

@@ -1,0 +1,12 @@
+"""Checkpoints: taken while training goes on, verified before they are trusted, kept K at a time.
+
+A checkpoint is a folder of tensors in safetensors and the rest in JSON, never a pickle, and holds
+no trace of how many processes wrote it (``state``). It appears under its name complete or not at
+all, written beside the training (``checkpoints``, ``background``); a run starts from the newest
+that verifies (``start``). ``best/`` and ``final/`` are written the same way.
+"""
+
+from trainlib.checkpoint.checkpoints import CheckpointOptions, Checkpoints, SaveFailed
+from trainlib.checkpoint.start import Start
+
+__all__ = ["CheckpointOptions", "Checkpoints", "SaveFailed", "Start"]

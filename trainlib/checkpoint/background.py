@@ -1,0 +1,84 @@
+"""Writing beside the training: the loop waits for a copy to host memory, and for nothing else."""
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+Files = dict[str, dict[str, Tensor]]
+"""Tensors by name, by file."""
+
+
+class BackgroundWriter:
+    """One thread that writes what it is given, in order, from copies of its own.
+
+    Of each name one copy is held: a second job of that name waits until the first has been written.
+    """
+
+    def __init__(self, say: Callable[[str], object]):
+        """
+        Args:
+            say: told in a line of what could not be written, from the thread.
+        """
+        self.say = say
+        self.failures: dict[str, str] = {}
+        """By name: what its latest job could not write, and why."""
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="writer")
+        self._jobs: dict[str, Future] = {}
+        self._copies: dict[str, dict[tuple[str, str], Tensor]] = {}
+
+    def submit(
+        self, name: str, what: str, files: Files, write: Callable[[Files], object]
+    ) -> None:
+        """Copies tensors and has them written.
+
+        Args:
+            name: of all jobs of this kind.
+            what: this one's name, for messages.
+            files: may be changed as soon as this returns.
+            write: called in the thread with the copies; an ``OSError`` is said, and noted in
+                ``failures`` until a later job of that name succeeds. Anything else it raises is
+                raised by the next ``submit`` or by ``wait``.
+        """
+        self._wait_for(name)
+        copies = self._copy(name, files)
+        self._jobs[name] = self._thread.submit(self._run, name, what, copies, write)
+
+    def wait(self) -> None:
+        """Returns when everything has been written."""
+        for name in list(self._jobs):
+            self._wait_for(name)
+
+    def _wait_for(self, name: str) -> None:
+        if name in self._jobs:
+            self._jobs.pop(name).result()
+
+    def _run(
+        self, name: str, what: str, copies: Files, write: Callable[[Files], object]
+    ) -> None:
+        try:
+            write(copies)
+            self.failures.pop(name, None)
+        except OSError as error:
+            self.failures[name] = f"{what}: {error.strerror or error}"
+            self.say(f"not written: {self.failures[name]}; training goes on")
+
+    @torch.no_grad()
+    def _copy(self, name: str, files: Files) -> Files:
+        sources = {(file, key): tensor for file, tensors in files.items()
+                   for key, tensor in tensors.items()}
+        former, held = self._copies.get(name, {}), {}
+        for key, source in sources.items():
+            copy = former.get(key)
+            if copy is None or copy.shape != source.shape or copy.dtype != source.dtype:
+                # In the source's own memory order: a copy that need not turn it is faster.
+                copy = torch.empty_like(source, device="cpu", pin_memory=source.is_cuda)
+            held[key] = copy.copy_(source, non_blocking=True)
+        if any(source.device.type != "cpu" for source in sources.values()):
+            torch.accelerator.synchronize()
+        self._copies[name] = held
+        copies: Files = {file: {} for file in files}
+        for (file, key), copy in held.items():
+            copies[file][key] = copy
+        return copies

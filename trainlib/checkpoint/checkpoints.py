@@ -1,0 +1,251 @@
+"""When a checkpoint is taken, what goes into it, and how many are kept."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import accelerate
+import torch
+from accelerate import Accelerator
+from pydantic import AfterValidator, Field
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from trainlib import agreement, durable
+from trainlib.checkpoint.background import BackgroundWriter, Files
+from trainlib.checkpoint.layout import (
+    CONFIG,
+    EMA,
+    FORMAT,
+    MODEL,
+    OPTIMIZER,
+    STATE,
+    step_folder,
+    step_folders,
+)
+from trainlib.checkpoint.start import Start, find_newest
+from trainlib.checkpoint.state import describe, model_tensors, optimizer_state
+from trainlib.config import Options, UserError
+from trainlib.schedule import check_interval, interval, is_time
+
+if TYPE_CHECKING:
+    from trainlib.ema import Ema
+    from trainlib.progress import Progress
+
+
+class CheckpointOptions(Options):
+    every: Annotated[str, AfterValidator(check_interval)] = "5 minutes"
+    """Time between checkpoints, as "10 minutes", "1 epoch", "500 steps" or "5%" of the run; one is
+    also written at the end and when the run is told to stop."""
+    keep: int = Field(2, ge=1)
+    """How many checkpoints are kept, the newest ones."""
+    steal_lock: bool = False
+    """Take the run folder from another process without waiting for a sign of life."""
+
+
+class SaveFailed(Exception):
+    """What the run is for could not be written: exit code 4."""
+
+    exit_code = 4
+
+
+class Checkpoints:
+    """The checkpoints and exports of one run, written by the main process."""
+
+    def __init__(
+        self, run_dir: Path, accelerator: Accelerator, options: CheckpointOptions,
+        total_steps: int, num_samples: int, identity: dict[str, Any], config: str,
+    ):
+        """
+        Args:
+            identity: by option, what must be the same before and after an interruption; ``data``
+                is the data's fingerprint.
+            config: the resolved options as YAML.
+        """
+        self.run_dir, self.folder = run_dir, run_dir / "checkpoints"
+        self.accelerator = accelerator
+        self.is_main, self.keep = accelerator.is_main_process, options.keep
+        self.total_steps, self.identity, self.config = total_steps, identity, config
+        self.every_steps, self.every_seconds = interval(
+            options.every, num_samples, identity["batch.global_size"], total_steps
+        )
+        self.logs = [run_dir / name for name in ("metrics.jsonl", "bad_steps.jsonl")]
+        self.last_step = 0  # of the newest checkpoint, or of the start
+        self._damaged: list[Path] = []
+        self._writer: BackgroundWriter | None = None
+
+    def find_start(self, module: nn.Module) -> Start:
+        """The newest checkpoint that verifies, on every process, if there has been one.
+
+        Args:
+            module: which it has to fit.
+
+        Raises:
+            UserError: all are damaged, or it belongs to another run; nothing has been touched.
+        """
+        try:
+            tensors = describe(model_tensors(module))
+        except ValueError as error:
+            raise UserError(f"model: {error}") from error
+        found: dict[str, Any] = {}
+        if self.is_main:
+            found = find_newest(self.folder, self.identity, tensors, self.total_steps)
+        found = agreement.from_main(found, self.accelerator.device)
+        notes = [f"checkpoints/{name} is damaged and left out: {why}"
+                 for name, why in found["damaged"].items()]
+        if "refused" in found:
+            raise UserError("\n".join([*notes, found["refused"]]))
+        if "name" not in found:
+            return Start(None, {}, [])
+        state = found["state"]
+        self.last_step = state["step"]
+        self._damaged = [self.folder / name for name in found["damaged"]]
+        notes.append(f"resumed at step {self.last_step} of {self.total_steps}, from "
+                     f"checkpoints/{found['name']}")
+        notes += [
+            f"{name}: {before} before, {now} now: the curve may differ from here on"
+            for name, now in self._machine().items() if (before := state["machine"][name]) != now
+        ]
+        return Start(self.folder / found["name"], state, notes)
+
+    def open(self, say: Callable[[str], object], check_lock: Callable[[], object]) -> None:
+        """Starts to write.
+
+        Args:
+            say: told in a line of what could not be written.
+            check_lock: ends the process if the folder is no longer this run's.
+        """
+        self._writer, self._check_lock = BackgroundWriter(say), check_lock
+
+    def is_due(self, step: int, is_asked: bool) -> bool:
+        """Whether a checkpoint is to be written after ``step`` steps and there is none yet."""
+        is_due = is_asked or is_time(step, self.every_steps, self.total_steps)
+        return is_due and step > self.last_step
+
+    def save(
+        self, module: nn.Module, optimizer: torch.optim.Optimizer, ema: "Ema | None",
+        progress: "Progress",
+    ) -> None:
+        """Takes a checkpoint after ``progress.step`` steps: copies it now, writes it meanwhile.
+
+        Raises:
+            UserError: the model or the optimizer keeps what no checkpoint can hold.
+        """
+        self.last_step = progress.step
+        if not self.is_main:
+            return
+        try:
+            optimizer_tensors, packed = optimizer_state(optimizer, module)
+            files = {MODEL: model_tensors(module), OPTIMIZER: optimizer_tensors}
+        except ValueError as error:
+            raise UserError(f"checkpoint: {error}") from error
+        if ema is not None:
+            files[EMA] = ema.tensors()
+        state = {
+            "format": FORMAT, "step": progress.step, "identity": self.identity,
+            "progress": asdict(progress), "optimizer": packed,
+            "scaler": scaler.state_dict() if (scaler := self.accelerator.scaler) else {},
+            "logs": {log.name: log.stat().st_size for log in self.logs if log.exists()},
+            "machine": self._machine() | {"world_size": self.accelerator.num_processes},
+            "tensors": {file: describe(tensors) for file, tensors in files.items()},
+        }
+        texts = {STATE: json.dumps(state), CONFIG: self.config}
+        parameters = {name for name, _ in module.named_parameters()}
+        target = step_folder(self.folder, progress.step)
+        self._writer.submit(
+            "checkpoint", f"checkpoints/{target.name}", files,
+            lambda copies: self._write(target, _writers(copies, texts, parameters)),
+        )
+
+    def export(
+        self, name: str, module: nn.Module, labels: dict[str, list[str] | dict],
+        results: dict[str, dict],
+    ) -> None:
+        """Writes what ``load_model`` needs, and how good it is, as ``best`` or ``final``.
+
+        Args:
+            module: the module inside any wrapper, with the weights to write.
+            labels: by task, the names of classes, or what undoes a regression's scale.
+            results: its evaluation by task.
+        """
+        if not self.is_main:
+            return
+        parameters = {name for name, _ in module.named_parameters()}
+        texts = {CONFIG: self.config, "labels.json": json.dumps(labels, indent=1) + "\n",
+                 "evaluation.json": json.dumps(results, indent=1) + "\n"}
+
+        def write(copies: Files) -> None:
+            writers = _writers(copies, texts, parameters)
+            self._check_lock()
+            durable.write_folder(self.run_dir / name, writers, with_manifest=False)
+
+        self._writer.submit(name, f"{name}/", {MODEL: model_tensors(module)}, write)
+
+    def wait(self) -> None:
+        """Waits until this process has written what it was given."""
+        if self._writer is not None:
+            self._writer.wait()
+
+    def finish(self) -> None:
+        """Waits, on all processes, until everything has been written.
+
+        Raises:
+            SaveFailed: something has not.
+        """
+        self.wait()
+        failures = list(self._writer.failures.values()) if self.is_main and self._writer else []
+        failures = agreement.from_main(failures, self.accelerator.device)
+        if failures:
+            raise SaveFailed(f"not written: {'; '.join(failures)}; make room or the folder "
+                             "writable, and run the same command again")
+
+    def _write(self, target: Path, writers: dict[str, Callable[[Path], object]]) -> None:
+        self._check_lock()
+        durable.remove_leftovers(self.folder)
+        for log in self.logs:  # which state.json counts on
+            durable.sync_file(log)
+        durable.write_folder(target, writers)
+        # Older ones go only now that a newer one is safe, and damaged ones first.
+        damaged = set(self._damaged) - {target}
+        whole = [path for path in step_folders(self.folder) if path not in damaged]
+        for path in [*whole[:-self.keep], *damaged]:
+            durable.remove_folder(path)
+        self._damaged = []
+
+    def _machine(self) -> dict[str, str]:
+        """What may change bits where it changes."""
+        return {"precision": self.accelerator.mixed_precision,
+                "device": self.accelerator.device.type,
+                "torch": torch.__version__, "accelerate": accelerate.__version__}
+
+
+def _writers(
+    files: Files, texts: dict[str, str], parameters: set[str]
+) -> dict[str, Callable[[Path], object]]:
+    """A writer for each file.
+
+    Raises:
+        OSError: a parameter is not finite.
+    """
+    for tensors in files.values():
+        for name in parameters & tensors.keys():
+            if not tensors[name].isfinite().all():
+                raise OSError(f"{name} is not finite, and worth nothing")
+
+    def writer(content: dict[str, Tensor] | str) -> Callable[[Path], object]:
+        if isinstance(content, str):
+            return lambda path: path.write_text(content, encoding="utf-8")
+        return lambda path: _save_tensors(content, path)
+
+    return {name: writer(content) for name, content in (files | texts).items()}
+
+
+def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        # Copies lie in memory as what they were copied from; a file knows one order.
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    except SafetensorError as error:  # a full disk, say, in other words
+        raise OSError(str(error)) from error

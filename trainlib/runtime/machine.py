@@ -1,0 +1,117 @@
+"""Accelerator set-up and refusals.
+
+What can go wrong before a run starts is refused here in one line each, because Accelerate lets
+each of these pass in silence and trains something else than was asked for.
+"""
+
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import accelerate
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+
+from trainlib.config import UserError
+
+
+def make_accelerator(
+    trackers: list[str], deterministic: bool, cpu_threads: int
+) -> Accelerator:
+    """The Accelerator, after the refusals.
+
+    Args:
+        trackers: Accelerate's names of them.
+        deterministic: only algorithms that give the same bits each time; on a GPU slower.
+        cpu_threads: of this process, whatever the launcher set.
+
+    Raises:
+        UserError: a launch that Accelerate would carry out as something else.
+    """
+    accumulation = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if accumulation != "1":
+        raise UserError(
+            f"ACCELERATE_GRADIENT_ACCUMULATION_STEPS is {accumulation}, which would divide every "
+            "gradient again: unset it (or gradient_accumulation_steps in the accelerate config); "
+            "accumulation follows from batch.global_size and batch.micro_size"
+        )
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        raise UserError(
+            "DeepSpeed divides and accumulates gradients its own way, so the curve would change: "
+            "use a config without it, such as accelerate_configs/multi_gpu.yaml; sharding will be "
+            "FSDP2's part"
+        )
+    for variable in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM"):
+        if os.environ.get(variable, "false").lower() == "true":
+            raise UserError(
+                f"{variable} is set, but sharded models are not supported yet: every process "
+                "holds the whole model; use accelerate_configs/multi_gpu.yaml"
+            )
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+    try:
+        accelerator = Accelerator(
+            gradient_accumulation_steps=1,
+            log_with=trackers or None,
+            # Buffers are the same everywhere by construction; broadcasting would cost a message.
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        )
+    except ValueError as error:  # such as fp8 without its packages, bf16 without support
+        raise UserError(f"Accelerate refuses this launch: {error}") from error
+    torch.set_num_threads(cpu_threads)  # after Accelerate, which sets a number of its own
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != accelerator.num_processes:
+        raise UserError(
+            f"{launched} processes were launched, but each sees {accelerator.num_processes}, so "
+            "they would train separately and overwrite each other: this machine has no GPU for "
+            "that config; for several CPU processes set ACCELERATE_USE_CPU=true"
+        )
+    if accelerator.mixed_precision.lower() == "fp16" and accelerator.scaler is None:
+        raise UserError(
+            f"mixed_precision fp16 needs a GPU; on {accelerator.device.type} Accelerate would "
+            "train in fp32 without a word: set mixed_precision to bf16 or 'no'"
+        )
+    return accelerator
+
+
+def make_seeder(device: torch.device) -> Callable[[int], object]:
+    """A function that seeds the generators a forward draws from.
+
+    It seeds the device's own generator and the CPU's; ``torch.manual_seed`` seeds every device
+    there is and costs 50 times as much.
+    """
+    if device.type == "cuda":
+        generators = [torch.cuda.default_generators[device.index or 0], torch.default_generator]
+        return lambda seed: [generator.manual_seed(seed) for generator in generators]
+    if device.type == "cpu":
+        return torch.default_generator.manual_seed
+    return torch.manual_seed
+
+
+def describe_machine(accelerator: Accelerator) -> dict:
+    """Command, code, versions and devices of a run, for ``environment.json``."""
+    folder = Path(__file__).resolve().parents[2]
+    try:
+        command = ["git", "rev-parse", "HEAD"]
+        git = subprocess.run(command, cwd=folder, capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git on this machine
+        git = ""
+    device = accelerator.device
+    return {
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "git_commit": git or None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "accelerate": accelerate.__version__,
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "world_size": accelerator.num_processes,
+        "threads": torch.get_num_threads(),
+        "mixed_precision": accelerator.mixed_precision,
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+    }
