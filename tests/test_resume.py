@@ -207,7 +207,7 @@ def test_a_longer_run_goes_on_from_the_end_and_says_so(tmp_path):
 def test_a_second_run_on_the_same_folder_is_refused(tmp_path):
     command = [sys.executable, "train.py", "--run_dir", str(tmp_path / "run"), *LENGTH, *DIGITS,
                "--loop.duration", "100000 steps"]
-    first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    started = [first := subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)]
     try:
         while not (tmp_path / "run" / "metrics.jsonl").exists():
             assert first.poll() is None
@@ -220,14 +220,44 @@ def test_a_second_run_on_the_same_folder_is_refused(tmp_path):
         # The impatient take it: the first then ends by itself, and writes nothing more.
         stolen = subprocess.Popen([*command, "--checkpoint.steal_lock"], cwd=ROOT,
                                   stdout=subprocess.PIPE, text=True)
+        started.append(stolen)
         assert first.wait(60) == 2
         written = len(records(tmp_path / "run"))
         while len(records(tmp_path / "run")) <= written:
             assert stolen.poll() is None
             time.sleep(0.1)
-        os.kill(stolen.pid, signal.SIGTERM)
+        stolen.send_signal(signal.SIGTERM)
         output, _ = stolen.communicate(timeout=60)
         assert stolen.returncode == 75 and "as --checkpoint.steal_lock asks" in output
         assert json.loads((tmp_path / "run" / "exit.json").read_text())["code"] == 75
     finally:
-        first.kill()
+        for process in started:
+            process.kill()
+            process.communicate()
+
+
+def test_processes_that_were_given_different_jobs_do_not_train(tmp_path):
+    result = launch(["--run_dir", str(tmp_path / "run"), *LENGTH], 2, script="tests/two_minds.py")
+    assert "the processes were given different options" in result.stderr
+    source = tmp_path / "rows.py"
+    source.write_text(
+        "import os, datasets\n"
+        "def rows():\n"
+        "    last = 40 + int(os.environ.get('RANK', 0))\n"
+        "    return datasets.Dataset.from_dict({'x': [float(i) for i in range(last)],\n"
+        "                                       'y': [i % 2 for i in range(last)]})\n"
+    )
+    result = launch(["--run_dir", str(tmp_path / "run"), "--data.source", f"{source}:rows",
+                     "--tasks.y.target", "y", *LENGTH], 2)
+    assert "data.source: the processes see different data" in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_terminal_that_goes_away_does_not_end_the_run(tmp_path):
+    run = tmp_path / "run"
+    command = [sys.executable, "train.py", "--run_dir", str(run), *LENGTH, *DIGITS]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        process.stdout.readline()
+        process.stdout.close()
+    assert process.returncode == 0
+    assert_same_run(run, train(tmp_path / "undisturbed", *LENGTH, *DIGITS))

@@ -67,8 +67,20 @@ def end_of(process: subprocess.Popen) -> tuple[str, int]:
     return output, process.returncode
 
 
-def test_all_four_are_caught():
-    assert NAMES == ["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2"]
+def test_all_five_are_caught():
+    assert NAMES == ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2"]
+
+
+def test_under_nohup_the_loss_of_the_terminal_stays_ignored():
+    former = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signals = Signals(lambda reason: None)
+    try:
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert signals.received is None
+    finally:
+        signals.restore()
+        signal.signal(signal.SIGHUP, former)
 
 
 def test_preempted_passes_what_catches_exceptions_and_says_to_run_again():

@@ -14,6 +14,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -76,8 +77,9 @@ class RunLog:
     def say(self, line: str | None) -> None:
         """One line on the terminal, from the main process; None is silent."""
         if self.is_main and line is not None:
-            tqdm.write(line, file=sys.stdout)
-            sys.stdout.flush()
+            with suppress(OSError):  # the terminal, or what read the output, has gone away
+                tqdm.write(line, file=sys.stdout)
+                sys.stdout.flush()
 
     def training(
         self, record: StepRecord, tasks: list[Task], item_counts: Callable[[int], dict[str, int]]

@@ -231,8 +231,8 @@ def _writers(
         OSError: a parameter is not finite.
     """
     for tensors in files.values():
-        for name in parameters & tensors.keys():
-            if not tensors[name].isfinite().all():
+        for name, tensor in tensors.items():
+            if name in parameters and not tensor.isfinite().all():
                 raise OSError(f"{name} is not finite, and worth nothing")
 
     def writer(content: dict[str, Tensor] | str) -> Callable[[Path], object]:

@@ -150,7 +150,7 @@ def _ignore_signals(worker: int) -> None:
     Schedulers and terminals signal all processes of a run, and a worker that died of it would take
     from the main process the samples that it needs to come to a checkpoint.
     """
-    for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2"):
+    for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2"):
         if hasattr(signal, name):  # Windows has two of them
             signal.signal(getattr(signal, name), signal.SIG_IGN)
 

@@ -5,6 +5,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -30,16 +31,20 @@ def run(main: Callable[[list[str]], None]) -> None:
     except (Exception, KeyboardInterrupt) as error:
         signals.end()
         code, reason = getattr(error, "exit_code", 1), str(error)
-        if code == 1:
-            traceback.print_exc()
-        elif is_first_process() or (code == UserError.exit_code and RunFolder.has_begun()):
-            print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        elif code != Preempted.exit_code:
-            time.sleep(3)  # the launcher ends all when one ends: the first has yet to speak
+        with suppress(OSError):  # the terminal may have gone away
+            if code == 1:
+                traceback.print_exc()
+            elif is_first_process() or (code == UserError.exit_code and RunFolder.has_begun()):
+                print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+            elif code != Preempted.exit_code:
+                time.sleep(3)  # the launcher ends all when one ends: the first has yet to speak
     if RunFolder.current is not None:
         RunFolder.current.close(code, reason)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # or Python would try again at its end, and change the exit code
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     if torch.distributed.is_initialized():
         if code == 0:
             torch.distributed.barrier()

@@ -172,10 +172,11 @@ class RunFolder:
     @classmethod
     def leave(cls, code: int, reason: str) -> None:
         """Ends the process at once, whatever it is doing; what was written whole stays."""
-        print(f"{Path(sys.argv[0]).name}: {reason}: leaving at once", file=sys.stderr, flush=True)
         try:
             if cls.current is not None:
                 cls.current._record(code, reason)
+            script = Path(sys.argv[0]).name
+            print(f"{script}: {reason}: leaving at once", file=sys.stderr, flush=True)
         finally:
             os._exit(code)
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # signals are caught before anything slow, such as these impo
 
 SIGNALS = tuple(
     getattr(signal, name)
-    for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2")
+    for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")
     if hasattr(signal, name)
 )
 
@@ -64,7 +64,11 @@ class Signals:
             self._writer.fileno(), warn_on_full_buffer=False
         )
         Signals.installed = self
-        self._former = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        # Under nohup the loss of the terminal is ignored, and stays so.
+        self._former = {
+            number: signal.signal(number, self._handle) for number in SIGNALS
+            if signal.Signals(number).name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN
+        }
 
     def hold(self) -> None:
         """Ends start-up: from now on a signal is only noted.
@@ -129,6 +133,8 @@ def _forget_in_child() -> None:
         Signals.installed = None
         signal.set_wakeup_fd(-1)
         for number in SIGNALS:
+            if signal.getsignal(number) == signal.SIG_IGN:
+                continue
             is_interrupt = number == signal.SIGINT
             signal.signal(number, signal.default_int_handler if is_interrupt else signal.SIG_DFL)
 
