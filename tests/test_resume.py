@@ -261,3 +261,21 @@ def test_a_terminal_that_goes_away_does_not_end_the_run(tmp_path):
         process.stdout.close()
     assert process.returncode == 0
     assert_same_run(run, train(tmp_path / "undisturbed", *LENGTH, *DIGITS))
+
+
+def test_a_final_save_that_fails_ends_with_code_4(stopped, tmp_path):
+    run = shutil.copytree(stopped, tmp_path / "run")
+    shutil.rmtree(run / "checkpoints")
+    (run / "checkpoints").write_text("in the way")
+    result = launch(["--run_dir", str(run), *LENGTH, *DIGITS])
+    assert result.returncode == 4 and "Traceback" not in result.stderr
+    assert result.stdout.count("not written: checkpoints/step_") == 6  # and training went on
+    assert json.loads((run / "exit.json").read_text())["code"] == 4
+    assert (run / "final" / "model.safetensors").exists()
+
+
+def test_checkpoints_by_the_clock_are_agreed_by_all_processes(tmp_path):
+    flags = ["--checkpoint.every", "0.002 minutes", "--checkpoint.keep", "100"]
+    run = train(tmp_path / "run", *LENGTH, *DIGITS, *flags, processes=2)
+    assert len(steps_of(run)) >= 3 and steps_of(run)[-1] == 60
+    assert_same_run(run, train(tmp_path / "undisturbed", *LENGTH, *DIGITS))

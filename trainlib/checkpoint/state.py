@@ -83,14 +83,16 @@ def load_optimizer(
     ]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
     # torch casts a slot to its parameter's type, by which a wider sum would lose bits, and spoils
-    # texts in lists; where it has put a tensor is right.
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for number, slots in state.items():
-        if isinstance(number, int) and isinstance(slots, dict):
-            loaded = optimizer.state[parameters[number]]
-            for slot, value in slots.items():
-                is_tensor = isinstance(value, Tensor)
-                loaded[slot] = value.to(loaded[slot].device) if is_tensor else value
+    # texts in lists; where it puts a tensor is right, but for counts that it expects on the host.
+    owners = [(group, p) for group in optimizer.param_groups for p in group["params"]]
+    for number, (group, parameter) in enumerate(owners):
+        counts_on_host = not (group.get("fused") or group.get("capturable"))
+        for slot, value in state.get(number, {}).items():
+            loaded = optimizer.state[parameter]
+            if isinstance(value, Tensor):
+                is_count = slot == "step" and counts_on_host
+                value = value.to("cpu" if is_count else loaded[slot].device)
+            loaded[slot] = value
 
 
 def describe(tensors: dict[str, Tensor]) -> dict[str, list]:
