@@ -190,7 +190,8 @@ def main(arguments: list[str]) -> None:
     requests = runtime.hold_signals(accelerator, checkpoints.every_seconds)
     # twin loop: begin
     while True:
-        if state.awaits_evaluation and not requests.stop:
+        evaluates = is_time(state.step, eval_every, total_steps)
+        if evaluates and state.evaluated_step < state.step and not requests.stop:
             started = time.perf_counter()
             with averaged():
                 results = evaluate(module, validation, task_list, accelerator, requests.agree)
@@ -252,8 +253,8 @@ def main(arguments: list[str]) -> None:
         # twin step: end
         folder.step = state.step
 
-        state.awaits_evaluation = is_time(state.step, eval_every, total_steps)
-        flush = state.awaits_evaluation or checkpoints.is_due(state.step, False)
+        flush = is_time(state.step, eval_every, total_steps)
+        flush = flush or checkpoints.is_due(state.step, False)
         for record in readback.push(step, lr, losses, grad_norm, sums["requests"], flush):
             run_log.say(guard.observe(record, state))
             run_log.training(record, task_list, reader.item_counts)
@@ -266,8 +267,8 @@ def main(arguments: list[str]) -> None:
             checkpoints.export("final", module, labels, state.results)
     checkpoints.finish()
     if not is_over:
-        raise runtime.Preempted(f"{requests.reason} at step {state.step} of {total_steps}: all is "
-                                "saved; run the same command again to go on")
+        raise runtime.Preempted(f"stopped by a signal at step {state.step} of {total_steps}: all "
+                                "is saved; run the same command again to go on")
     run_log.close()
     for task in task_list:
         if state.best_results:

@@ -4,8 +4,10 @@
 
 Points: ``start`` (data are being loaded), ``step N`` (at the beginning of step N), ``evaluation N``
 (at the process's N-th batch of evaluation), ``save N`` (at the N-th file-system operation of
-writing), ``write N`` (0.3 s in the writing of checkpoint N), ``final`` (before final/ is written).
-``rank 1`` at the end strikes that process only. The moment is written to RUN_DIR.struck.
+writing), ``write N`` (0.3 s in the writing of checkpoint N), ``final`` (before final/ is written),
+``text N`` (before the N-th small file appears), ``worker`` (every data worker, as soon as it has
+been forked; the run itself is not struck). ``rank 1`` at the end strikes that process only. The
+moment is written to RUN_DIR.struck.
 """
 
 import itertools
@@ -76,6 +78,11 @@ def main() -> None:
             write(self, target, writers)
 
         Checkpoints._write = struck_write
+    if point == "worker":
+        os.register_at_fork(after_in_child=strike)
+    if point == "text":
+        texts = itertools.count()
+        before(os, "replace", lambda *args: next(texts) == NUMBER)
     if point == "final":
         before(Checkpoints, "export", lambda self, name, *args: name == "final")
     runtime.run(train.main)

@@ -236,6 +236,29 @@ def test_a_save_that_fails_leaves_the_others_and_is_tried_again(folder, monkeypa
     assert names(folder) == ["step_00000006", "step_00000010"]
 
 
+def test_no_checkpoint_speaks_of_best_weights_that_are_not_there(folder, monkeypatch):
+    job = Job(folder)
+    job.resume()
+    real, fails = checkpoints.save_file, []
+
+    def full(tensors, path):
+        if "best" in str(path) and fails:
+            raise checkpoints.SafetensorError("No space left on device")
+        real(tensors, path)
+
+    monkeypatch.setattr(checkpoints, "save_file", full)
+    fails.append(True)
+    job.checkpoints.export("best", job.module, {}, {})
+    job.train(8)
+    assert names(folder) == ["step_00000004", "step_00000006"] and len(job.said) == 2
+    fails.clear()
+    job.train(9)  # which writes best/ first, as it was
+    job.checkpoints.finish()
+    assert names(folder) == ["step_00000006", "step_00000009"]
+    best = load_file(folder / "best" / "model.safetensors")["0.weight"]
+    assert not best.equal(job.module[0].weight)
+
+
 def test_leftovers_go_with_the_next_save(folder):
     half = folder / "checkpoints" / ".tmp_step_00000008.host.1"
     shutil.copytree(folder / "checkpoints" / "step_00000006", half)

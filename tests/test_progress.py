@@ -24,8 +24,8 @@ def test_only_a_strictly_better_value_is_best():
     assert progress.results == {"task": {"accuracy": 0.6}}
     assert progress.is_over(100, patience=2) and not progress.is_over(100, patience=3)
     assert progress.is_over(4, None) and not progress.is_over(5, None)
-    progress.awaits_evaluation = True  # by which patience may be regained
-    assert not progress.is_over(4, patience=2)
+    progress.step = 5  # and not yet evaluated, by which patience may be regained
+    assert not progress.is_over(5, patience=2)
 
 
 def test_less_is_better_for_a_loss():

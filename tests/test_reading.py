@@ -16,7 +16,7 @@ import torch
 from launching import ROOT, load
 
 from trainlib import data, plan
-from trainlib.data import loading, reading
+from trainlib.data import loading, workers
 
 CPU = torch.device("cpu")
 RANDOM = np.random.default_rng(0)
@@ -80,12 +80,12 @@ def test_a_data_set_smaller_than_a_batch_is_read_several_times(in_memory, tmp_pa
 def test_workers_go_on_from_step_to_step_and_end_with_their_reader(image_folder, monkeypatch):
     started = []
 
-    class Loader(reading.DataLoader):
+    class Loader(workers.DataLoader):
         def __init__(self, *arguments, **named):
             started.append(named["num_workers"])
             super().__init__(*arguments, **named)
 
-    monkeypatch.setattr(reading, "DataLoader", Loader)
+    monkeypatch.setattr(workers, "DataLoader", Loader)
     split = load("label", source=image_folder, in_memory=False, workers=2).train
     reader = data.Reader(split, plan.BatchPlan(26, 8, 0), plan.assign(8, 4, 0, 1), CPU)
     state = torch.get_rng_state()
@@ -126,13 +126,13 @@ def test_a_script_that_leaves_its_workers_half_way_ends(end, seconds):
     script = f"""
 import multiprocessing, sys, time
 import numpy, torch
-from trainlib.data import reading
+from trainlib.data import workers
 
 def decode(rows):
     time.sleep({seconds} * (rows[0] > 1))
     return torch.zeros(1)
 
-stream = reading.decoded(decode, [numpy.array([number]) for number in range(99)], 2)
+stream = workers.decoded(decode, [numpy.array([number]) for number in range(99)], 2)
 next(stream), next(stream)
 print(*(child.pid for child in multiprocessing.active_children()))
 {end}

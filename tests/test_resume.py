@@ -54,6 +54,7 @@ JOBS = {
     "accumulation, batch norm, ema": ([*CONVOLUTION, "--optim.ema_half_life", "5 steps"], 45),
     "plateau": ([*DIGITS, "--schedule.name", "plateau", "--schedule.args.patience", "0",
                  "--schedule.args.factor", "0.5", "--optim.lr", "0.05"], 40),
+    "channels last": ([*CONVOLUTION, "--model.channels_last", "true"], 30),
     "sgd without momentum": ([*DIGITS, "--optim.name", "sgd", "--optim.lr", "0.1"], 37),
     "muon": ([*DIGITS, "--optim.name", "muon"], 52),
     "language model": (GPT, 29),
@@ -78,8 +79,8 @@ def test_killed_at_a_step_it_goes_on_to_the_same_bits(tmp_path, job):
 def test_many_kills_in_one_run_change_nothing(tmp_path):
     """Before the first checkpoint, in the writing of one, where an epoch ends, after the end."""
     run, epoch = tmp_path / "killed", -(-1437 // 64)
-    for point in ("start", "step 3", "save 20", f"step {epoch}", "save 7", "save 4", "evaluation 5",
-                  "final"):
+    for point in ("text 0", "start", "text 1", "step 3", "save 20", f"step {epoch}", "save 7",
+                  "save 4", "evaluation 5", "final"):
         assert "output" in struck(run, f"SIGKILL {point}", *DIGITS)
     assert steps_of(run)[-1] >= 55 and not (run / "final").exists()
     resumed = train(run, *LENGTH, *DIGITS)
@@ -126,11 +127,22 @@ def test_a_signal_stops_all_processes_and_loses_no_step(tmp_path, undisturbed, s
         assert [file.name for file in run.iterdir()] == ["exit.json"]
     else:
         assert record["code"] == 75 and "run the same command again" in record["reason"]
-        assert name in record["reason"] or "another process" in record["reason"]
         assert steps_of(run)[-1] == record["step"] > 0
         assert records(run)[-1]["step"] == record["step"]
         assert not (run / "final").exists() and not (run / "run.lock").exists()
     assert_same_run(train(run, *LENGTH, *WORKERS), undisturbed)
+
+
+def test_a_signal_to_all_processes_does_not_take_the_data_workers(tmp_path, undisturbed):
+    assert struck(tmp_path / "run", "SIGTERM worker", *WORKERS)["code"] == 0
+    assert_same_run(tmp_path / "run", undisturbed)
+
+
+def test_a_signal_at_the_start_of_a_run_that_was_killed_before_leaves_word(tmp_path):
+    run = tmp_path / "run"
+    assert "output" in struck(run, "SIGKILL step 13", *DIGITS)
+    assert (run / "run.lock").exists()
+    assert struck(run, "SIGTERM start", *DIGITS)["code"] == 75
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -172,7 +184,8 @@ def test_if_all_are_damaged_nothing_is_overwritten(stopped, tmp_path):
     assert "step_00000040 is damaged and left out: state.json: 0 bytes" in result.stderr
     assert "step_00000033 is damaged and left out: model.safetensors: missing" in result.stderr
     assert "a fresh start would overwrite what is left" in result.stderr
-    assert files_of(run) == before
+    assert json.loads((run / "exit.json").read_text())["code"] == 2
+    assert files_of(run) | {"exit.json": b""} == before | {"exit.json": b""}
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -188,7 +201,7 @@ def test_another_run_is_refused_by_the_option_that_differs(stopped, tmp_path, fl
     before = files_of(run)
     result = launch(["--run_dir", str(run), *LENGTH, *DIGITS, *flags])
     assert result.returncode == 2 and message in result.stderr, result.stderr
-    assert files_of(run) == before
+    assert files_of(run) | {"exit.json": b""} == before | {"exit.json": b""}
 
 
 def test_a_longer_run_goes_on_from_the_end_and_says_so(tmp_path):

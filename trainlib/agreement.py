@@ -44,7 +44,7 @@ def tensor_from_main(
     """
     if tensor is None:
         tensor = torch.empty(shape, dtype=getattr(torch, dtype))
-    tensor = tensor.to(device)
+    tensor = tensor.to(device, copy=True)  # a tensor of a file would keep the file open
     if not _is_alone():
         torch.distributed.broadcast(tensor, 0)
     return tensor

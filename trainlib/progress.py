@@ -31,7 +31,7 @@ class Progress:
     the reductions of the plateau schedule rest on, as plain data for a checkpoint's JSON."""
 
     step: int = 0
-    awaits_evaluation: bool = False  # of the weights after this very step
+    evaluated_step: int = 0
     bad_steps_in_a_row: int = 0
     results: dict[str, dict] = field(default_factory=dict)  # of the last evaluation, by task
     best_results: dict[str, dict] = field(default_factory=dict)
@@ -50,7 +50,7 @@ class Progress:
             value: of the monitored metric.
             results: of each task.
         """
-        self.results, self.awaits_evaluation = results, False
+        self.results, self.evaluated_step = results, self.step
         improved = math.isfinite(value) and (
             self.best_value is None
             or (value < self.best_value if lower_is_better else value > self.best_value)
@@ -90,9 +90,11 @@ class Progress:
             self.plateau_cooldown_left = cooldown
 
     def is_over(self, total_steps: int, patience: int | None) -> bool:
-        """Whether the run is at its end, or so many evaluations in a row brought no new best."""
+        """Whether the run is at its end, or so many evaluations in a row brought no new best; not
+        before the weights after its last step have been evaluated."""
         is_out_of_patience = patience is not None and self.evaluations_since_best >= patience
-        return not self.awaits_evaluation and (self.step >= total_steps or is_out_of_patience)
+        is_last = self.step >= total_steps or is_out_of_patience
+        return is_last and self.evaluated_step == self.step
 
 
 def check_monitor(monitor: str, names: list[str]) -> bool:

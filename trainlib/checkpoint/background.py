@@ -26,6 +26,7 @@ class BackgroundWriter:
         """By name: what its latest job could not write, and why."""
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="writer")
         self._jobs: dict[str, Future] = {}
+        self._latest: dict[str, tuple[str, Callable[[], object]]] = {}
         self._copies: dict[str, dict[tuple[str, str], Tensor]] = {}
 
     def submit(
@@ -41,9 +42,22 @@ class BackgroundWriter:
                 ``failures`` until a later job of that name succeeds. Anything else it raises is
                 raised by the next ``submit`` or by ``wait``.
         """
+        if name in self.failures:  # whose copies another job may be trying to write
+            self.wait()
         self._wait_for(name)
         copies = self._copy(name, files)
-        self._jobs[name] = self._thread.submit(self._run, name, what, copies, write)
+        self._latest[name] = (what, lambda: write(copies))
+        self._jobs[name] = self._thread.submit(self._run, name)
+
+    def retry(self, name: str) -> None:
+        """Writes the latest job of a name again if it has failed; to be called by another job.
+
+        Raises:
+            OSError: it has failed again.
+        """
+        if name in self.failures:
+            self._latest[name][1]()
+            del self.failures[name]
 
     def wait(self) -> None:
         """Returns when everything has been written."""
@@ -54,11 +68,10 @@ class BackgroundWriter:
         if name in self._jobs:
             self._jobs.pop(name).result()
 
-    def _run(
-        self, name: str, what: str, copies: Files, write: Callable[[Files], object]
-    ) -> None:
+    def _run(self, name: str) -> None:
+        what, write = self._latest[name]
         try:
-            write(copies)
+            write()
             self.failures.pop(name, None)
         except OSError as error:
             self.failures[name] = f"{what}: {error.strerror or error}"

@@ -135,13 +135,13 @@ class Checkpoints:
             UserError: the model or the optimizer keeps what no checkpoint can hold.
         """
         self.last_step = progress.step
-        if not self.is_main:
-            return
-        try:
+        try:  # on all processes, so that all end alike
             optimizer_tensors, packed = optimizer_state(optimizer, module)
             files = {MODEL: model_tensors(module), OPTIMIZER: optimizer_tensors}
         except ValueError as error:
             raise UserError(f"checkpoint: {error}") from error
+        if not self.is_main:
+            return
         if ema is not None:
             files[EMA] = ema.tensors()
         state = {
@@ -199,21 +199,23 @@ class Checkpoints:
         failures = list(self._writer.failures.values()) if self.is_main and self._writer else []
         failures = agreement.from_main(failures, self.accelerator.device)
         if failures:
-            raise SaveFailed(f"not written: {'; '.join(failures)}; make room or the folder "
-                             "writable, and run the same command again")
+            raise SaveFailed(f"not written: {'; '.join(failures)}; mend that, and run the same "
+                             "command again: what was written before stands")
 
     def _write(self, target: Path, writers: dict[str, Callable[[Path], object]]) -> None:
         self._check_lock()
+        # A checkpoint says which weights are the best: best/ has to hold them before.
+        self._writer.retry("best")
         durable.remove_leftovers(self.folder)
+        for path in self._damaged:
+            durable.remove_folder(path)
+        self._damaged = []
         for log in self.logs:  # which state.json counts on
             durable.sync_file(log)
         durable.write_folder(target, writers)
-        # Older ones go only now that a newer one is safe, and damaged ones first.
-        damaged = set(self._damaged) - {target}
-        whole = [path for path in step_folders(self.folder) if path not in damaged]
-        for path in [*whole[:-self.keep], *damaged]:
+        whole = step_folders(self.folder)  # older ones go only now that a newer one is safe
+        for path in whole[: whole.index(target) + 1][: -self.keep]:
             durable.remove_folder(path)
-        self._damaged = []
 
     def _machine(self) -> dict[str, str]:
         """What may change bits where it changes."""

@@ -96,8 +96,13 @@ def find_newest(
             state = json.loads((path / STATE).read_text(encoding="utf-8"))
             if missing := {STATE, *state["tensors"]} - files:
                 raise durable.Damaged(f"{durable.MANIFEST}: does not list {min(missing)}")
+            if missing := {"progress", "logs", "machine", "optimizer"} - state.keys():
+                raise durable.Damaged(f"{STATE}: lacks {min(missing)}")
             refusal = _refusal(path, state, identity, tensors, total_steps)
-        except (durable.Damaged, OSError, ValueError, LookupError, TypeError) as error:
+        except (
+            durable.Damaged, OSError, ValueError, LookupError, TypeError, AttributeError,
+            RecursionError,
+        ) as error:
             damaged[path.name] = str(error)
             continue
         if refusal is not None:

@@ -23,8 +23,9 @@ def model_tensors(module: nn.Module) -> dict[str, Tensor]:
     """
     tensors, seen = {}, set()
     for name, value in module.state_dict(keep_vars=True).items():
-        if not isinstance(value, Tensor):
-            raise ValueError(f"{name} is a {type(value).__name__}; a checkpoint holds tensors only")
+        if not isinstance(value, Tensor) or name.endswith("_extra_state"):
+            raise ValueError(f"{name} is a {type(value).__name__} of its module's own making; a "
+                             "checkpoint holds parameters and buffers only")
         if id(value) not in seen:
             seen.add(id(value))
             tensors[name] = value.detach()
@@ -84,12 +85,15 @@ def load_optimizer(
     optimizer.load_state_dict({"state": state, "param_groups": groups})
     # torch casts a slot to its parameter's type, by which a wider sum would lose bits, and spoils
     # texts in lists; where it puts a tensor is right, but for counts that it expects on the host.
+    # In memory a slot lies as its parameter does (channels_last, say): fused kernels rely on it.
     owners = [(group, p) for group in optimizer.param_groups for p in group["params"]]
     for number, (group, parameter) in enumerate(owners):
         counts_on_host = not (group.get("fused") or group.get("capturable"))
         for slot, value in state.get(number, {}).items():
             loaded = optimizer.state[parameter]
-            if isinstance(value, Tensor):
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+            elif isinstance(value, Tensor):
                 is_count = slot == "step" and counts_on_host
                 value = value.to("cpu" if is_count else loaded[slot].device)
             loaded[slot] = value

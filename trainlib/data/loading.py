@@ -18,9 +18,10 @@ from trainlib.config import UserError, is_first_process
 from trainlib.data.masks import Masks, check_sizes
 from trainlib.data.options import AugmentOptions, DataOptions
 from trainlib.data.parts import Part
-from trainlib.data.reading import SHARE_OF_MEMORY, Split, decoded, model_inputs
+from trainlib.data.reading import SHARE_OF_MEMORY, Split, model_inputs
 from trainlib.data.sources import Source
 from trainlib.data.targets import TargetInfo, check_shared_rows, count_valid
+from trainlib.data.workers import decoded
 from trainlib.losses import IGNORED
 from trainlib.user_code import describe_error, import_object
 

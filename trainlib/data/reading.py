@@ -6,10 +6,7 @@ augmented or normalised here.
 
 from __future__ import annotations
 
-import atexit
 import itertools
-import multiprocessing
-import signal
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -17,11 +14,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
-from torch.utils.data import Dataset as TorchDataset
 
-from trainlib.config import UserError
 from trainlib.data.decoding import Decoder
+from trainlib.data.workers import Rows, decoded
 from trainlib.plan import Assignment, BatchPlan
 
 SHARE_OF_MEMORY = 0.25  # that a data set may take without being asked to
@@ -76,7 +71,7 @@ class Split:
         """The stored inputs and targets of samples [n], decoded here and now if need be."""
         targets = self._in_memory(samples)
         if self.inputs is None:
-            rows_of = _Rows(self.decode, self.target_decoders)
+            rows_of = Rows(self.decode, self.target_decoders)
             inputs, read = rows_of.read(self.rows.numpy()[samples])
             return inputs, targets | read
         return self.inputs[torch.from_numpy(samples).to(self.inputs.device)], targets
@@ -122,64 +117,6 @@ def model_inputs(stored: Tensor) -> Tensor:
     if stored.dtype == torch.uint8:
         return stored.float().div_(255)
     return stored if stored.is_floating_point() else stored.long()
-
-
-def decoded(
-    decode: Decoder, row_lists: Iterable[np.ndarray], workers: int, pin_memory: bool = False,
-    target_decoders: Mapping[str, Decoder] | None = None,
-) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-    """Inputs and decoded targets of each list of rows, in order, by worker processes if any."""
-    rows_of = _Rows(decode, target_decoders or {})
-    if workers == 0:
-        yield from map(rows_of.read, row_lists)
-        return
-    loader = DataLoader(
-        rows_of, sampler=row_lists, batch_size=None, num_workers=workers,
-        pin_memory=pin_memory, generator=torch.Generator(),  # not the run's
-        worker_init_fn=_ignore_signals,
-    )
-    for read in loader:
-        if isinstance(read, UserError):
-            raise read
-        yield read
-
-
-def _ignore_signals(worker: int) -> None:
-    """Leaves the end of a worker to the main process alone.
-
-    Schedulers and terminals signal all processes of a run, and a worker that died of it would take
-    from the main process the samples that it needs to come to a checkpoint.
-    """
-    for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2"):
-        if hasattr(signal, name):  # Windows has two of them
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
-
-
-@atexit.register  # later than multiprocessing's own, so that it runs before
-def _end_workers() -> None:
-    """Kills what is left of workers: multiprocessing asks by SIGTERM and waits without end."""
-    if hasattr(signal, "SIGCHLD"):  # torch's handler would call it an error
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    for child in multiprocessing.active_children():
-        if child.daemon:
-            child.kill()
-
-
-class _Rows(TorchDataset):
-    """What a worker runs: a list of rows in, their inputs and targets out."""
-
-    def __init__(self, decode: Decoder, target_decoders: Mapping[str, Decoder]):
-        self.decode, self.target_decoders = decode, target_decoders
-
-    def read(self, rows: np.ndarray) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.decode(rows), {name: decode(rows)
-                                   for name, decode in self.target_decoders.items()}
-
-    def __getitem__(self, rows: np.ndarray) -> tuple[Tensor, dict[str, Tensor]] | UserError:
-        try:
-            return self.read(rows)
-        except UserError as error:  # as a value: raised here, it would arrive as a traceback
-            return error
 
 
 class MicroBatch(NamedTuple):

@@ -27,10 +27,15 @@ def run(main: Callable[[list[str]], None]) -> None:
         code, reason = 0, "finished"
     except SystemExit as exit_request:
         signals.end()
-        code, reason = int(exit_request.code or 0), None
+        is_text = isinstance(exit_request.code, str)
+        code, reason = (1, exit_request.code) if is_text else (exit_request.code or 0, None)
     except (Exception, KeyboardInterrupt) as error:
         signals.end()
         code, reason = getattr(error, "exit_code", 1), str(error)
+        if code == 1 and signals.received is not None:
+            # A signal to all processes may end another one, or a library, before this one.
+            code, reason = Preempted.exit_code, f"{signals.received}, and then: {reason}"
+            traceback.print_exc()
         with suppress(OSError):  # the terminal may have gone away
             if code == 1:
                 traceback.print_exc()

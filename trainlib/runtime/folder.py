@@ -12,7 +12,7 @@ from accelerate import Accelerator
 
 from trainlib import agreement, durable
 from trainlib.config import UserError, flatten, is_first_process, parse_yaml
-from trainlib.runtime.lock import RunLock
+from trainlib.runtime.lock import RunLock, may_be_held
 from trainlib.runtime.machine import describe_machine
 from trainlib.runtime.signals import Preempted
 
@@ -39,7 +39,7 @@ class RunFolder:
         self.at_exit: list[Callable[[], object]] = []
         """Called, in order, before the process ends for whatever reason."""
         self._lock: RunLock | None = None
-        self._is_new = self._has_begun = False
+        self._is_new = self._is_open = False
         RunFolder.current = self
 
     def open(
@@ -74,6 +74,7 @@ class RunFolder:
             if self.is_main:
                 print(outcome["finished"])
             raise SystemExit(0)
+        self._is_open = True
 
     def _take(self, config: str, steal_lock: bool) -> dict[str, str]:
         try:
@@ -87,6 +88,8 @@ class RunFolder:
             raise UserError(f"run_dir: {self.path} cannot be written ({error.strerror}); choose "
                             "another --run_dir") from error
         self.notes += [self._lock.note] if self._lock.note else []
+        durable.remove_leftovers(self.path)
+        (self.path / _EXIT).unlink(missing_ok=True)
         return {}
 
     def _check(self, config: str) -> str | None:
@@ -131,18 +134,16 @@ class RunFolder:
             step: 0, or that of the checkpoint.
             log_sizes: bytes of each log at that step; what follows will be written again.
         """
-        self.step, self._has_begun = step, True
+        self.step = step
         if not self.is_main:
             return
-        durable.remove_leftovers(self.path)
-        (self.path / _EXIT).unlink(missing_ok=True)
         for name in ("metrics.jsonl", "bad_steps.jsonl"):
             file, size = self.path / name, log_sizes.get(name, 0)
             if size == 0:
                 file.unlink(missing_ok=True)
-            elif file.exists() and file.stat().st_size > size:
-                with file.open("r+b") as opened:
-                    opened.truncate(size)
+            elif file.exists():
+                # A new file: what a run that was robbed of this folder adds goes into the old one.
+                durable.write_text(file, file.read_bytes()[:size].decode())
         durable.write_text(self.path / "config.yaml", config)
         environment = json.dumps(describe_machine(accelerator), indent=1)
         durable.write_text(self.path / "environment.json", environment + "\n")
@@ -153,21 +154,21 @@ class RunFolder:
             self._lock.check()
 
     def close(self, code: int, reason: str | None) -> None:
-        """Ends what is still going on and writes ``exit.json``, if there is a reason to tell."""
-        for action in self.at_exit:
-            try:
-                action()
-            except Exception as error:  # the end of one thing must not be that of the others
-                print(f"at exit: {error}", file=sys.stderr)
+        """Writes ``exit.json``, if there is a reason to tell, and ends what is still going on."""
         try:
             if reason is not None:
                 self._record(code, reason)
         except OSError as error:
             print(f"exit.json cannot be written: {error}", file=sys.stderr)
+        for action in self.at_exit:
+            try:
+                action()
+            except Exception as error:  # the end of one thing must not be that of the others
+                print(f"at exit: {error}", file=sys.stderr)
         if self._lock is not None:
             self._lock.release()
-            if self._is_new and not self._has_begun and not any(self.path.iterdir()):
-                self.path.rmdir()
+        if self._is_new and self.path.is_dir() and not any(self.path.iterdir()):
+            self.path.rmdir()
 
     @classmethod
     def leave(cls, code: int, reason: str) -> None:
@@ -182,11 +183,11 @@ class RunFolder:
 
     @classmethod
     def has_begun(cls) -> bool:
-        """Whether this process has a run that has begun to write."""
-        return cls.current is not None and cls.current._has_begun
+        """Whether this process has taken its run's folder."""
+        return cls.current is not None and cls.current._is_open
 
     def _lose(self, reason: str) -> None:
-        self._has_begun = False  # it is the other's exit.json now
+        self._is_open = False  # it is the other's exit.json now
         self.leave(UserError.exit_code, reason)
 
     def _record(self, code: int, reason: str) -> None:
@@ -196,7 +197,7 @@ class RunFolder:
         by that one; the others, which miss it in their communication, do not write over it.
         """
         file = self.path / _EXIT
-        if self._has_begun:
+        if self._is_open:
             may_write = not file.exists() and (self.is_main or code in _CODES_OF_ANY_PROCESS)
         else:
             may_write = code == _CODES_OF_ANY_PROCESS[-1] and self._may_leave_word()
@@ -210,13 +211,14 @@ class RunFolder:
         a run that nobody goes on with at the moment and that has not finished."""
         if not self.path.exists():
             return True
-        is_locked = self._lock is None and (self.path / _LOCK).exists()
+        is_locked = self._lock is None and may_be_held(self.path / _LOCK)
         is_run = self._is_blank() or (self.path / "config.yaml").exists()
         return is_run and not is_locked and self._former_exit().get("code") != 0
 
     def _is_blank(self) -> bool:
         """Whether there is nothing but the traces of a run that ended before it began."""
-        return all(file.name in (_EXIT, _LOCK) for file in self.path.iterdir())
+        return all(file.name in (_EXIT, _LOCK) or file.name.startswith(".tmp_")
+                   for file in self.path.iterdir())
 
     def _former_exit(self) -> dict[str, Any]:
         try:

@@ -91,8 +91,12 @@ class RunLock:
             descriptor = os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
         except FileExistsError:
             return False
-        with open(descriptor, "wb") as file:
-            file.write(self._content)
+        try:
+            with open(descriptor, "wb") as file:
+                file.write(self._content)
+        except BaseException:  # a full disk, say: nobody shall wait for an empty lock
+            self._path.unlink(missing_ok=True)
+            raise
         return True
 
     def _take_over(self, steal: bool) -> bool:
@@ -173,6 +177,16 @@ class RunLock:
         if not self._stopped.is_set():
             self._stopped.set()
             self._on_lost(reason)
+
+
+def may_be_held(path: Path) -> bool:
+    """Whether a lock's owner may live; of one on another machine only ``RunLock`` can tell."""
+    try:
+        holder = _parse(_look(path).content)
+    except OSError:
+        return False
+    is_here = holder.get("machine") == _machine()
+    return not is_here or _is_running(holder["pid"], holder["pid_started"])
 
 
 class _Look(NamedTuple):

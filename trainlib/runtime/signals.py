@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # signals are caught before anything slow, such as these imports
+if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import Tensor
 
@@ -33,7 +33,7 @@ class Preempted(KeyboardInterrupt):
 
 
 class Signals:
-    """Installed once per process, in the main thread, before anything slow."""
+    """Installed once per process, in the main thread, before a script's own work begins."""
 
     installed: "Signals | None" = None
 
@@ -160,12 +160,6 @@ class Requests:
         self._accelerator, self._signals = accelerator, signals
         self._save_every_seconds = save_every_seconds if accelerator.is_main_process else None
         self.saved()
-
-    @property
-    def reason(self) -> str:
-        """Why the run stops."""
-        own = self._signals.received if self._signals is not None else None
-        return own or "a signal to another process"
 
     def add_to(self, flags: "Tensor") -> None:
         """Adds this process's requests to its [2] sums, which are summed over all processes.
