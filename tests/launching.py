@@ -6,9 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+from accelerate import Accelerator
 from safetensors.torch import load_file
+from torch import nn
 
-from trainlib import data
+from trainlib import checkpoint, data
 from trainlib.tasks import TaskOptions
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,6 +52,18 @@ def train(folder: Path, *flags: str, processes: int = 1, script: str = "train.py
         result.stdout + result.stderr
     )
     return folder
+
+
+def export(folder: Path, module: nn.Module, config: str, labels: dict, results: dict) -> None:
+    """A model as a run leaves it in ``best/`` and ``final/``."""
+    options = checkpoint.CheckpointOptions()
+    identity = {"batch.global_size": 1}
+    checkpoints = checkpoint.Checkpoints(
+        folder.parent, Accelerator(cpu=True), options, 1, 1, identity, config
+    )
+    checkpoints.open(print, lambda: None)
+    checkpoints.export(folder.name, module, labels, results)
+    checkpoints.finish()
 
 
 def weights(folder: Path, which: str = "final") -> dict:

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 import train as script
 from trainlib import models
+from trainlib.checkpoint import Checkpoints
 from trainlib.config import UserError
 from trainlib.evaluate import eval_mode
 from trainlib.models import ModelOptions
@@ -107,14 +108,14 @@ def loads_back(monkeypatch):
     the model that was exported, bit for bit; returns the module of ``final/``."""
 
     def check(folder, inputs, *flags, before_loading=lambda: None):
-        outputs, export = {}, script.export
+        outputs, export = {}, Checkpoints.export
 
-        def keep_outputs(path, model, *rest):
-            export(path, model, *rest)
+        def keep_outputs(checkpoints, name, model, *rest):
+            export(checkpoints, name, model, *rest)
             with torch.no_grad(), eval_mode(model):
-                outputs[path.name] = logits(model(inputs))
+                outputs[name] = logits(model(inputs))
 
-        monkeypatch.setattr(script, "export", keep_outputs)
+        monkeypatch.setattr(Checkpoints, "export", keep_outputs)
         script.main(arguments(folder, *flags))
         before_loading()
         assert set(outputs) == {"best", "final"}

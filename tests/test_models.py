@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
-from launching import assert_same_run, losses, train, weights
+from launching import assert_same_run, export, losses, train, weights
 from safetensors.torch import load_file, save_file, save_model
 from torch import nn
 
 import train as script
-from trainlib import checkpoint, models
+from trainlib import models
 from trainlib.config import UserError, to_yaml
 from trainlib.models import ModelOptions
 from trainlib.optim import OPTIMIZERS, OptimOptions, build_optimizer
@@ -180,7 +180,7 @@ def other(name, classes=10, seed=1, **arguments):
 def test_weights_start_from_a_file_and_from_a_folder(tmp_path):
     trained = other("resnet", width=4)
     config = to_yaml(script.TrainOptions())
-    checkpoint.export(tmp_path / "run" / "final", trained, config, {}, {})
+    export(tmp_path / "run" / "final", trained, config, {}, {})
     for path in (tmp_path / "run", tmp_path / "run/final",
                  tmp_path / "run/final/model.safetensors"):
         model = build("resnet", width=4)
@@ -380,7 +380,7 @@ def test_an_export_loads_back_bit_for_bit_and_replaces_the_one_before(tmp_path):
         model = build("resnet", mean=torch.rand(1, 1, 1), deviation=torch.rand(1, 1, 1) + 1)
         model.head.weight.data += seed
         config = "model:\n  name: resnet\n  args: {channels: 1, classes: 10}\n"
-        checkpoint.export(tmp_path / "best", model, config, {"digit": list("0123456789")}, {})
+        export(tmp_path / "best", model, config, {"digit": list("0123456789")}, {})
     assert sorted(p.name for p in tmp_path.iterdir()) == ["best"]
     loaded = models.load_model(tmp_path)
     assert not loaded.training and loaded.label_names["digit"][3] == "3"
@@ -397,7 +397,7 @@ def test_best_is_loaded_where_it_exists_and_a_folder_without_a_model_is_refused(
         models.load_model(tmp_path)
     for seed, name in enumerate(("final", "best")):
         model = other("mlp", hidden=[], seed=seed)
-        checkpoint.export(tmp_path / name, model, config, {}, {})
+        export(tmp_path / name, model, config, {}, {})
     assert models.load_model(tmp_path)[1].weight.equal(model[1].weight)
     assert not models.load_model(tmp_path / "final")[1].weight.equal(model[1].weight)
 
@@ -412,7 +412,7 @@ def test_best_is_loaded_where_it_exists_and_a_folder_without_a_model_is_refused(
 ])
 def test_a_folder_that_is_no_run_is_refused_in_a_line(tmp_path, name, text, message):
     config = "model: {name: mlp, args: {inputs: 64, classes: 10}}"
-    checkpoint.export(tmp_path / "best", build("mlp"), config, {}, {})
+    export(tmp_path / "best", build("mlp"), config, {}, {})
     file = tmp_path / "best" / name
     file.write_text(text) if text else file.unlink()
     with pytest.raises(UserError, match=message) as caught:

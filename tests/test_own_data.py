@@ -53,17 +53,18 @@ def test_a_broken_image_that_one_process_alone_reads_is_named(tmp_path):
 
     def encoded(number: int) -> bytes:
         buffer = io.BytesIO()
-        Image.fromarray(np.full((8, 8), number, np.uint8)).save(buffer, "PNG")
+        Image.fromarray(np.full((64, 64), number % 256, np.uint8)).save(buffer, "PNG")
         return buffer.getvalue()
 
     features = datasets.Features(image=datasets.Image(), label=datasets.Value("int64"))
-    images = [{"bytes": encoded(number), "path": None} for number in range(40)]
-    columns = {"image": images, "label": [number % 2 for number in range(40)]}
+    images = [{"bytes": encoded(number), "path": None} for number in range(1400)]
+    columns = {"image": images, "label": [number % 2 for number in range(1400)]}
     datasets.Dataset.from_dict(columns, features).to_parquet(str(tmp_path / "train.parquet"))
-    # Validation batch 1, which is the second process's, holds rows 2 and 3.
-    images[3] = {"bytes": images[3]["bytes"][:40], "path": None}
-    some = {name: values[:4] for name, values in columns.items()}
-    datasets.Dataset.from_dict(some, features).to_parquet(str(tmp_path / "validation.parquet"))
+    # Not among the 1,024 that the data's fingerprint reads, and in a batch of the second process.
+    seen = {number * 1399 // 1023 for number in range(1024)}
+    row = next(number for number in range(1400) if number not in seen and number // 2 % 2)
+    images[row] = {"bytes": images[row]["bytes"][:40], "path": None}
+    datasets.Dataset.from_dict(columns, features).to_parquet(str(tmp_path / "validation.parquet"))
     result = launch(
         ["--run_dir", str(tmp_path / "run"), "--log.trackers", "[]", "--loop.duration", "2 steps",
          "--data.source", str(tmp_path / "train.parquet"), "--data.validation_split",
@@ -71,6 +72,6 @@ def test_a_broken_image_that_one_process_alone_reads_is_named(tmp_path):
          "--data.normalize", "false", "--batch.eval_size", "2", "--batch.micro_size", "16"],
         processes=2,
     )
-    assert "validation.parquet, row 3: not an image that can be decoded" in result.stderr
+    assert f"validation.parquet, row {row}: not an image that can be decoded" in result.stderr
     record = json.loads((tmp_path / "run" / "exit.json").read_text())
-    assert record["code"] == 2 and "row 3" in record["reason"]
+    assert record["code"] == 2 and f"row {row}" in record["reason"]
