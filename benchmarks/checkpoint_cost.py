@@ -30,7 +30,7 @@ from trainlib.checkpoint.state import model_tensors, optimizer_state  # noqa: E4
 from trainlib.progress import Progress  # noqa: E402
 
 HIDDEN = [3610, 3610]  # 13.3 M parameters
-CIFAR_STEPS, CIFAR_PAIRS, CIFAR_BATCH_SIZE = 500, 5, 32
+CIFAR_STEPS, CIFAR_PAIRS, CIFAR_BATCH_SIZE = 400, 3, 32
 SYNTHETIC = """import datasets, numpy
 def images():
     pixels = numpy.random.default_rng(0).integers(0, 256, (5000, 32, 32, 3), numpy.uint8)
