@@ -6,7 +6,6 @@ import atexit
 import multiprocessing
 import signal
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -35,9 +34,8 @@ def decoded(
         pin_memory=pin_memory, generator=torch.Generator(),  # not the run's
         worker_init_fn=_ignore_signals,
     )
-    with _signals_blocked():  # until the workers have come to ignore them
-        stream = iter(loader)
-    for read in stream:
+    # Without a name: in a traceback's frame it would keep the workers alive after an error.
+    for read in _start(loader):
         if isinstance(read, UserError):
             raise read
         yield read
@@ -55,15 +53,13 @@ def _ignore_signals(worker: int) -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
 
 
-@contextmanager
-def _signals_blocked() -> Iterator[None]:
-    """Within it signals wait; processes that are started begin like that."""
+def _start(loader: DataLoader) -> Iterator:
+    """Starts the workers while signals wait, which they have yet to learn to ignore."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
+        return iter(loader)
     former = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
-        yield
+        return iter(loader)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, former)
 
