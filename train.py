@@ -17,15 +17,16 @@ from pathlib import Path
 import torch
 from pydantic import Field
 
-from trainlib import data, models, optim, plan, runtime, tasks
+from trainlib import data, lr_sweep, models, optim, plan, runtime, tasks
 from trainlib.batchnorm import BatchStatistics
-from trainlib.checkpoint import CheckpointOptions, Checkpoints
-from trainlib.config import Options, read, recipe_name, to_yaml
+from trainlib.checkpoint import CheckpointOptions, Checkpoints, undone
+from trainlib.config import Options, UserError, read, recipe_name, to_yaml
 from trainlib.data import BatchOptions, DataOptions
 from trainlib.ema import Ema
 from trainlib.evaluate import evaluate, inspect_step, model_arguments, try_model
 from trainlib.gradients import StepSums
 from trainlib.guard import Guard, Readback
+from trainlib.lr_report import swept_loss, write_report
 from trainlib.models import ModelOptions
 from trainlib.optim import OptimOptions, ScheduleOptions
 from trainlib.progress import LoopOptions, Progress, check_monitor, plan_steps
@@ -185,9 +186,63 @@ def main(arguments: list[str]) -> None:
         ]
         return sum(shares[1:], start=shares[0]), shares
 
-    # ---- loop ----
     # From here on a signal is a request, which all processes meet at the same step.
     requests = runtime.hold_signals(accelerator, checkpoints.every_seconds)
+
+    # twin step: begin
+    def train_step(step: int, lr: float) -> torch.Tensor:
+        """One update; its losses and requests stay in ``sums``. Returns the gradient's norm."""
+        optim.set_learning_rate(optimizer, lr)
+        item_counts = reader.item_counts(step)
+        sums.clear()
+        batch_statistics.begin()
+        for micro_batch in reader.take(step):
+            seed_generators(plan.forward_seed(options.seed, step, micro_batch.number))
+            inputs, targets, mix = augment(micro_batch.inputs, micro_batch.targets)
+            with sums.no_sync(micro_batch.is_last):
+                output = model(inputs, **arguments(targets))
+                loss, shares = objective(output, targets, item_counts, mix)
+                accelerator.backward(sums.scaled(loss, micro_batch.is_real))
+            sums.add_gradients(micro_batch.is_real)
+            sums.add("loss", shares, micro_batch.is_real)
+            batch_statistics.add_to(sums["batch_norm"], micro_batch.is_real)
+        requests.add_to(sums["requests"])
+        sums.reduce()
+        grad_norm = accelerator.clip_grad_norm_(parameters, max_grad_norm)
+        if max_grad_value is not None:
+            torch.nn.utils.clip_grad_value_(parameters, max_grad_value)
+        # For optimizers that draw: one key on all processes, of a micro-batch that is not there.
+        seed_generators(plan.forward_seed(options.seed, step, num_micro_batches))
+        if guard.allows(sums["loss"], grad_norm):
+            if scaler is None:
+                optimizer.step()
+            else:  # fp16: the gradients were unscaled before clipping
+                scaler.step(optimizer)
+        if scaler is not None:
+            scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        batch_statistics.finish(sums["batch_norm"], guard.healthy)
+        if ema is not None:
+            ema.update(step, guard.healthy)
+        return grad_norm
+    # twin step: end
+
+    # ---- learning rate ----
+    if options.optim.lr is None and state.peak_lr is None:
+        with undone(module, optimizer, batch_statistics, ema, scaler):
+            swept = lr_sweep.drive(
+                swept_loss(train_step, sums, guard, requests), lr_sweep.sweep_rates(),
+                lr_sweep.StopRule(),
+            )
+        suggestion = lr_sweep.suggest(*swept)
+        if accelerator.is_main_process:
+            run_log.say(write_report(run_dir, [swept], suggestion, {}))
+        if suggestion.answer is None:
+            raise UserError(f"optim.lr: auto: {suggestion.verdict}; give a number")
+        state.peak_lr = suggestion.answer
+    peak_lr = options.optim.lr or state.peak_lr
+
+    # ---- loop ----
     # twin loop: begin
     while True:
         evaluates = is_time(state.step, eval_every, total_steps)
@@ -214,48 +269,16 @@ def main(arguments: list[str]) -> None:
         if is_over or requests.stop:
             break
 
-        # twin step: begin
-        step = state.step
-        lr = optim.set_learning_rate(optimizer, options.optim.lr * peak_share(step))
-        item_counts = reader.item_counts(step)
-        sums.clear()
-        batch_statistics.begin()
-        for micro_batch in reader.take(step):
-            seed_generators(plan.forward_seed(options.seed, step, micro_batch.number))
-            inputs, targets, mix = augment(micro_batch.inputs, micro_batch.targets)
-            with sums.no_sync(micro_batch.is_last):
-                output = model(inputs, **arguments(targets))
-                loss, shares = objective(output, targets, item_counts, mix)
-                accelerator.backward(sums.scaled(loss, micro_batch.is_real))
-            sums.add_gradients(micro_batch.is_real)
-            sums.add("loss", shares, micro_batch.is_real)
-            batch_statistics.add_to(sums["batch_norm"], micro_batch.is_real)
-        requests.add_to(sums["requests"])
-        sums.reduce()
-        losses = sums["loss"]
-        grad_norm = accelerator.clip_grad_norm_(parameters, max_grad_norm)
-        if max_grad_value is not None:
-            torch.nn.utils.clip_grad_value_(parameters, max_grad_value)
-        # For optimizers that draw: one key on all processes, of a micro-batch that is not there.
-        seed_generators(plan.forward_seed(options.seed, step, num_micro_batches))
-        if guard.allows(losses, grad_norm):
-            if scaler is None:
-                optimizer.step()
-            else:  # fp16: the gradients were unscaled before clipping
-                scaler.step(optimizer)
-        if scaler is not None:
-            scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        batch_statistics.finish(sums["batch_norm"], guard.healthy)
-        if ema is not None:
-            ema.update(step, guard.healthy)
+        lr = peak_lr * peak_share(state.step)
+        grad_norm = train_step(state.step, lr)
         state.step += 1
-        # twin step: end
         folder.step = state.step
 
         flush = is_time(state.step, eval_every, total_steps)
         flush = flush or checkpoints.is_due(state.step, False)
-        for record in readback.push(step, lr, losses, grad_norm, sums["requests"], flush):
+        for record in readback.push(
+            state.step - 1, lr, sums["loss"], grad_norm, sums["requests"], flush
+        ):
             run_log.say(guard.observe(record, state))
             run_log.training(record, task_list, reader.item_counts)
             requests.take(record.requests)
@@ -270,22 +293,7 @@ def main(arguments: list[str]) -> None:
         raise runtime.Preempted(f"stopped by a signal at step {state.step} of {total_steps}: all "
                                 "is saved; run the same command again to go on")
     run_log.close()
-    for task in task_list:
-        if state.best_results:
-            run_log.say(f"\n{task.name}, validation, best weights (step {state.best_step}):\n"
-                        + task.report(state.best_results[task.name]))
-    if state.step < total_steps:
-        run_log.say(f"\nstopped early at step {state.step} of {total_steps}: "
-                    f"{monitor} has not improved {options.loop.patience} times in a "
-                    f"row. The best weights, of step {state.best_step}, are the result.")
-    if not state.best_results:
-        run_log.say(f"\nno evaluation gave a finite {monitor}: there is no best/")
-    else:
-        run_log.say(
-            f"\n{run_dir}: best/ holds the weights with the best {monitor} "
-            f"({state.best_value:.6g}, step {state.best_step}), final/ those at the end. Load them "
-            f'with trainlib.models.load_model("{run_dir}").'
-        )
+    run_log.summary(state, task_list, monitor, options.loop.patience)
 
 
 if __name__ == "__main__":

@@ -41,11 +41,11 @@ MODELS = {
 }
 
 
-def fenced_step() -> str:
-    """The text between train.py's twin-step marks, as a loop body without indentation."""
+def fenced_step() -> list[ast.stmt]:
+    """The statements of train.py's own ``train_step``, up to its return."""
     text = (ROOT / "train.py").read_text(encoding="utf-8")
-    body = text.split("# twin step: begin\n")[1].split("        # twin step: end")[0]
-    return textwrap.dedent(body)
+    step = text.split("# twin step: begin\n")[1].split("    # twin step: end")[0]
+    return ast.parse(textwrap.dedent(step)).body[0].body[1:-1]
 
 
 def build(model_options: models.ModelOptions, dataset: data.Dataset):
@@ -97,13 +97,15 @@ def fence_steps(model_options: models.ModelOptions, dataset: data.Dataset):
     items = {task.name: task.items(dataset.train.num_valid[task.name]) for task in task_list}
     source = ast.parse(
         "def run(num_steps):\n"
-        "    for _ in range(num_steps):\n        pass\n"
-        "        requested = sums['requests']\n"
+        "    for _ in range(num_steps):\n        step = state.step\n"
+        "        lr = options.optim.lr * peak_share(step)\n        pass\n"
+        "        state.step += 1\n        requested = sums['requests']\n"
+        "        losses = sums['loss']\n"
         "        for record in readback.push(step, lr, losses, grad_norm, requested, False):\n"
         "            guard.observe(record, state)\n"
         "            requests.take(record.requests)\n"
     )
-    source.body[0].body[0].body[0:1] = ast.parse(fenced_step()).body
+    source.body[0].body[0].body[2:3] = fenced_step()
 
     def objective(output, targets, item_counts, mix):
         shares = [t.losses(output, targets, mix).sum() * (t.weight / max(item_counts[t.name], 1))

@@ -8,15 +8,16 @@ from pathlib import Path
 import pytest
 import yaml
 
+from lr_find import FindOptions
 from train import TrainOptions
 from trainlib import config
 
 ROOT = Path(__file__).resolve().parent.parent
 LEVEL_0 = {
     "config", "plan", "schedule", "losses", "metrics", "augment", "muon", "user_code", "agreement",
-    "durable",
+    "durable", "lr_sweep", "plots",
 }
-SCRIPTS = {"train.py": (TrainOptions, 300)}
+SCRIPTS = {"train.py": (TrainOptions, 300), "lr_find.py": (FindOptions, 230)}
 
 
 def modules() -> dict[str, list[Path]]:
@@ -69,14 +70,23 @@ def test_no_module_outgrows_its_room():
             assert len(path.read_text().splitlines()) <= 320, path
 
 
-def test_the_fence_holds_the_loop_and_fits_in_eighty_lines():
-    text = (ROOT / "train.py").read_text()
-    fence = text.split("# twin loop: begin")[1].split("# twin loop: end")[0]
-    assert len(fence.splitlines()) <= 80
-    step = fence.split("# twin step: begin")[1].split("# twin step: end")[0]
+def fenced(script: str, what: str) -> str:
+    text = (ROOT / script).read_text()
+    return text.split(f"# {what}: begin")[1].split(f"# {what}: end")[0]
+
+
+def test_the_loop_and_the_step_are_in_the_script_and_fit_in_eighty_lines():
+    loop, step = fenced("train.py", "twin loop"), fenced("train.py", "twin step")
+    assert len(loop.splitlines()) + len(step.splitlines()) <= 80
+    for line in ("train_step(state.step, lr)", "evaluate(", "checkpoints.save("):
+        assert line in loop
     for line in ("model(inputs, **arguments(targets))", "accelerator.backward(",
                  "accelerator.clip_grad_norm_(", "optimizer.step()"):
         assert line in step
+
+
+def test_the_step_is_the_same_text_in_every_script():
+    assert len({fenced(script, "twin step") for script in SCRIPTS}) == 1
 
 
 def test_the_readme_tree_is_the_tree():

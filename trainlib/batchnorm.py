@@ -52,6 +52,11 @@ class BatchStatistics:
             self._num_tracked = [module.num_batches_tracked for module in self.modules]
             self._num_steps = [count.clone() for count in self._num_tracked]
 
+    def count_again(self) -> None:
+        """Takes the modules' own counts of steps over, after they have been loaded."""
+        if self.size:
+            torch._foreach_copy_(self._num_steps, self._num_tracked)
+
     def begin(self) -> None:
         """Puts the running statistics aside for one step."""
         if self.size:

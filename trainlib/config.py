@@ -81,9 +81,10 @@ def parse_yaml(text: str) -> Any:
     return yaml.load(text, Loader=_RecipeLoader)  # noqa: S506 - a subclass of SafeLoader
 
 
-def to_yaml(options: Options) -> str:
-    """The options as a recipe that reads back to the same options."""
-    return yaml.safe_dump(options.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+def to_yaml(options: Options, leave_out: Iterable[str] = ()) -> str:
+    """The options, but for some at the top, as a recipe that reads back to the same options."""
+    values = options.model_dump(mode="json", exclude=set(leave_out))
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str:

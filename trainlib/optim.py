@@ -10,7 +10,7 @@ import re
 from typing import Annotated, Any
 
 import torch
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_serializer, field_validator, model_validator
 from torch import nn
 from torch.optim import Optimizer
 
@@ -60,8 +60,9 @@ class OptimOptions(Options):
     name: str = "adamw"
     """Which optimizer: a class of torch.optim in lower case, or your own as file.py:Class or
     package.module:Class. Muon leaves all but the hidden matrices to AdamW."""
-    lr: float = Field(1e-3, gt=0)
-    """Peak learning rate; never scaled by the number of processes."""
+    lr: float | None = Field(1e-3, gt=0)
+    """Peak learning rate; never scaled by the number of processes. auto: found by a sweep before
+    the first step, as lr_find.py does."""
     layer_decay: float | None = Field(None, gt=0, le=1)
     """Each layer learns at this times the rate of the layer above it; none: all at one rate."""
     weight_decay: float = Field(0.01, ge=0)
@@ -75,6 +76,15 @@ class OptimOptions(Options):
     ema_half_life: str | None = None
     """Half-life of the averaged weights, which are then evaluated and exported, as "100 steps",
     "1 epoch" or "5%" of the run; none: no average."""
+
+    @field_validator("lr", mode="before")
+    @classmethod
+    def _auto_is_none(cls, lr: Any) -> Any:
+        return None if lr == "auto" else lr
+
+    @field_serializer("lr")
+    def _none_is_auto(self, lr: float | None) -> float | str:
+        return "auto" if lr is None else lr
 
     @field_validator("name")
     @classmethod
@@ -228,6 +238,7 @@ def build_optimizer(options: OptimOptions, model: nn.Module) -> Optimizer:
     Raises:
         UserError: arguments that the class refuses, or nothing to train.
     """
+    lr = OptimOptions().lr if options.lr is None else options.lr  # which every step sets anew
     optimizer_class = find_optimizer(options.name)
     takes, takes_any = _arguments_of(optimizer_class)
     uses_muon = optimizer_class is MuonWithAdamW
@@ -252,11 +263,11 @@ def build_optimizer(options: OptimOptions, model: nn.Module) -> Optimizer:
         if device == "cpu" or (device == "cuda" and not uses_momentum):
             fused = {"fused": True}
     try:
-        optimizer = optimizer_class(groups, lr=options.lr, **(fused | options.args))
+        optimizer = optimizer_class(groups, lr=lr, **(fused | options.args))
     except Exception as error:  # whatever an optimizer of the user's own raises
         raise UserError(f"optim: {options.name} refuses its arguments: {describe_error(error)}"
                         ) from error
-    set_learning_rate(optimizer, options.lr)
+    set_learning_rate(optimizer, lr)
     return optimizer
 
 

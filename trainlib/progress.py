@@ -38,6 +38,7 @@ class Progress:
     best_value: float | None = None
     best_step: int = 0
     evaluations_since_best: int = 0
+    peak_lr: float | None = None  # where optim.lr is auto, what the sweep has found
     lr_factor: float = 1.0  # on top of lr_multiplier; 1 for every schedule but plateau
     plateau_best: float | None = None
     plateau_bad_evaluations: int = 0

@@ -28,6 +28,7 @@ from trainlib.schedule import is_time
 
 if TYPE_CHECKING:
     from trainlib.guard import StepRecord
+    from trainlib.progress import Progress
     from trainlib.tasks import Task
 
 
@@ -56,7 +57,7 @@ class RunLog:
         num_samples: int,
         first_step: int,
     ):
-        self.accelerator, self.device = accelerator, accelerator.device
+        self.accelerator, self.device, self.folder = accelerator, accelerator.device, folder
         self.is_main = accelerator.is_main_process
         self.every, self.total_steps, self.samples_per_step = (
             options.every, total_steps, samples_per_step
@@ -132,6 +133,27 @@ class RunLog:
         numbers = "  ".join(f"{name} {value:.4f}" for name, value in numbers.items())
         self.say(f"step {step:>{len(str(self.total_steps))}}/{self.total_steps}  "
                  f"epoch {step * self.epochs_per_step:.2f}  {numbers}{'  best' if is_best else ''}")
+
+    def summary(
+        self, state: Progress, tasks: list[Task], monitor: str, patience: int | None
+    ) -> None:
+        """Says how the run has ended, and which weights are its result."""
+        for task in tasks:
+            if state.best_results:
+                self.say(f"\n{task.name}, validation, best weights (step {state.best_step}):\n"
+                         + task.report(state.best_results[task.name]))
+        if state.step < self.total_steps:
+            self.say(f"\nstopped early at step {state.step} of {self.total_steps}: {monitor} has "
+                     f"not improved {patience} times in a row. The best weights, of step "
+                     f"{state.best_step}, are the result.")
+        if not state.best_results:
+            self.say(f"\nno evaluation gave a finite {monitor}: there is no best/")
+        else:
+            self.say(
+                f"\n{self.folder}: best/ holds the weights with the best {monitor} "
+                f"({state.best_value:.6g}, step {state.best_step}), final/ those at the end. Load "
+                f'them with trainlib.models.load_model("{self.folder}").'
+            )
 
     def close(self) -> None:
         """Ends the bar, the file and the trackers; a second call does nothing."""

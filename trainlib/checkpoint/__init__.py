@@ -7,6 +7,7 @@ that verifies (``start``). ``best/`` and ``final/`` are written the same way.
 """
 
 from trainlib.checkpoint.checkpoints import CheckpointOptions, Checkpoints, SaveFailed
+from trainlib.checkpoint.rehearsal import undone
 from trainlib.checkpoint.start import Start
 
-__all__ = ["CheckpointOptions", "Checkpoints", "SaveFailed", "Start"]
+__all__ = ["CheckpointOptions", "Checkpoints", "SaveFailed", "Start", "undone"]

@@ -217,7 +217,7 @@ class RunFolder:
 
     def _is_blank(self) -> bool:
         """Whether there is nothing but the traces of a run that ended before it began."""
-        return all(file.name in (_EXIT, _LOCK) or file.name.startswith(".tmp_")
+        return all(file.name in (_EXIT, _LOCK) or file.name.startswith((".tmp_", "lr_find."))
                    for file in self.path.iterdir())
 
     def _former_exit(self) -> dict[str, Any]:

@@ -192,6 +192,11 @@ class Requests:
         self.stop = self.stop or is_signalled
         return self.stop
 
+    def leave_if_stopped(self) -> None:
+        """Raises Preempted where all have agreed to stop and there is nothing to save."""
+        if self.stop:
+            raise Preempted("stopped by a signal before the first step")
+
     def saved(self) -> None:
         """Notes that a checkpoint was taken: the clock starts again."""
         self.save = self._has_asked = False

@@ -1,0 +1,130 @@
+"""What trusting a sweep costs: the best rate of a grid against the one that lr_find.py suggests.
+
+    python benchmarks/lr_regret.py [--recipes digits_mlp csv ...] [--optimizers sgd adamw]
+                                   [--set loop.duration="5 epochs" ...]
+
+For each recipe and optimizer: a sweep, a run at each of 9 rates (half a decade apart), and a run at
+the answer of each rule on the very curve of that sweep. Regret is the best value of the monitored
+metric on the grid minus the one at the answer: in points for shares such as accuracy, in percent of
+the best for losses. A rule that gives no rate is charged the grid's median. Hours on a CPU.
+
+The rules of others, from their sources: fastai 2.8 ``schedule.py`` (valley), Lightning 2.6
+``lr_finder.py`` (argmin of the gradient over lr), pytorch-lr-finder (argmin of the gradient over
+the index).
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from trainlib.config import parse_yaml  # noqa: E402
+from trainlib.lr_sweep import smooth  # noqa: E402
+from trainlib.progress import check_monitor  # noqa: E402
+
+OPTIMIZERS = {
+    "sgd": (["--optim.name", "sgd", "--optim.args", "{momentum: 0.9}"], np.logspace(-3, 1, 9)),
+    "adamw": (["--optim.name", "adamw", "--optim.args", "{}"], np.logspace(-5, -1, 9)),
+}
+RECIPES = ["digits_mlp", "digits_resnet", "digits_multitask", "digits_multilabel",
+           "digits_segmentation", "diabetes_regression", "pydocs_gpt"]
+
+
+def fastai_valley(lrs: np.ndarray, losses: np.ndarray) -> float:
+    """About the middle of the longest strictly decreasing subsequence."""
+    lrs, losses = lrs[len(lrs) // 10 : -5], losses[len(losses) // 10 : -5]
+    lengths = np.ones(len(losses), dtype=int)
+    for end in range(len(losses)):
+        before = [lengths[start] + 1 for start in range(end) if losses[start] > losses[end]]
+        lengths[end] = max([lengths[end], *before])
+    end = int(lengths.argmax())
+    start = end - lengths[end]
+    section = (end - start) / 3
+    return float(lrs[start + int(section) + int(section / 2)])
+
+
+def lightning(lrs: np.ndarray, losses: np.ndarray) -> float:
+    return float(lrs[10:-1][np.gradient(losses[10:-1], lrs[10:-1]).argmin()])
+
+
+def pytorch_lr_finder(lrs: np.ndarray, losses: np.ndarray) -> float:
+    return float(lrs[10:-5][np.gradient(losses[10:-5]).argmin()])
+
+
+# Each smooths as it does at home: an exponential mean of 0.98, or of 0.05 the other way round.
+OTHERS = {"fastai valley": (fastai_valley, 0.98), "Lightning": (lightning, 0.98),
+          "pytorch-lr-finder": (pytorch_lr_finder, 0.95)}
+
+
+def run(script: str, folder: Path, flags: list[str]) -> None:
+    command = [sys.executable, script, "--run_dir", str(folder), "--log.trackers", "[]", *flags]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if result.returncode not in (0, 3):  # 3: diverged, which counts as it stands
+        sys.exit(result.stdout + result.stderr)
+
+
+def trained(folder: Path, lr: float, flags: list[str]) -> float:
+    """The best value of the monitored metric at a rate; losses are negative, so that more is
+    better."""
+    run("train.py", folder, [*flags, "--optim.lr", repr(float(lr))])
+    monitor = parse_yaml((folder / "config.yaml").read_text())["loop"]["monitor"]
+    sign = -1 if check_monitor(monitor, [monitor]) else 1
+    records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    values = [sign * r[monitor] for r in records if r.get(monitor) is not None]
+    return max(values, default=-np.inf)
+
+
+def regrets(recipe: str, optimizer: str, flags: list[str], folder: Path) -> dict[str, float]:
+    """By rule, what its answer loses against the best of the grid."""
+    optimizer_flags, grid = OPTIMIZERS[optimizer]
+    flags = ["--recipe", f"recipes/{recipe}.yaml", *optimizer_flags, *flags]
+    run("lr_find.py", folder / "sweep", flags)
+    found = json.loads((folder / "sweep" / "lr_find.json").read_text())
+    lrs, losses = np.array(found["lrs"]), found["losses"]
+    answers = {"ours": found["suggestion"]} | {
+        name: rule(lrs, np.array(smooth(losses, beta))) for name, (rule, beta) in OTHERS.items()
+    } | {name: rate for name, rate in found["suggestions"].items() if name != "steepest"}
+    on_grid = [trained(folder / f"grid {lr:.3g}", lr, flags) for lr in grid]
+    best = max(on_grid)
+    lost = {}
+    for name, lr in answers.items():
+        value = statistics.median(on_grid) if lr is None else trained(folder / name, lr, flags)
+        lost[name] = best - value if best > 0 else (best - value) / -best
+    shown = ", ".join(f"{name} {100 * value:.2f} ({answers[name] or 0:.2g})"
+                      for name, value in lost.items())
+    print(f"{recipe} {optimizer}: best {abs(best):.4f} at {grid[int(np.argmax(on_grid))]:.2g}; "
+          f"lost: {shown}", flush=True)
+    return lost
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipes", nargs="+", default=RECIPES)
+    parser.add_argument("--optimizers", nargs="+", default=list(OPTIMIZERS))
+    parser.add_argument("--set", nargs="*", default=[], help="further options, as name=value")
+    options = parser.parse_args()
+    flags = [word for pair in options.set for word in ("--" + pair).split("=", 1)]
+    table: dict[str, list[float]] = {}
+    for recipe in options.recipes:
+        for optimizer in options.optimizers:
+            with tempfile.TemporaryDirectory() as folder:
+                for name, lost in regrets(recipe, optimizer, flags, Path(folder)).items():
+                    table.setdefault(name, []).append(100 * lost)
+    print(f"{'rule':20}{'mean':>8}{'worst':>8}")
+    for name, lost in table.items():
+        print(f"{name:20}{statistics.mean(lost):>8.2f}{max(lost):>8.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""What a learning-rate sweep is asked and what it leaves: options, files, the answer in words."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import AfterValidator, Field
+
+from trainlib import durable, lr_sweep, plots
+from trainlib.config import Options, to_yaml
+from trainlib.lr_sweep import Suggestion
+from trainlib.schedule import check_duration
+
+if TYPE_CHECKING:
+    from trainlib.gradients import StepSums
+    from trainlib.guard import Guard
+    from trainlib.runtime import Requests
+
+_SMOOTHING = 0.9  # of the drawn curve; the answer has a fit of its own
+
+
+class SweepOptions(Options):
+    lr_min: float = Field(lr_sweep.LR_MIN, gt=0)
+    """The rate of the first step."""
+    lr_max: float = Field(lr_sweep.LR_MAX, gt=0)
+    """The rate of the last step; a loss that blows up ends the sweep before."""
+    steps: int = lr_sweep.NUM_STEPS
+    """Steps from the one to the other."""
+    spacing: Literal["exponential", "linear"] = "exponential"
+    """Equal factors or equal differences between the rates."""
+    repeats: int = Field(1, ge=1)
+    """Sweeps, each with its own seed, weights and order; the answer is the median of theirs."""
+    verify: Annotated[str, AfterValidator(check_duration)] | None = None
+    """Train so long, as "100 steps" or "1 epoch", at rates around the answer, and take the one with
+    the least eval/loss; none: trust the sweep."""
+
+
+def swept_loss(
+    train_step: Callable[[int, float], object], sums: StepSums, guard: Guard, requests: Requests
+) -> Callable[[int, float], float | None]:
+    """A function from step and rate to the mean loss of the step's global batch, which it trains.
+
+    It returns None where only the update failed, and raises ``Preempted`` where the run is to stop.
+    """
+    def loss_at(step: int, lr: float) -> float | None:
+        train_step(step, lr)
+        requests.take(sums["requests"].tolist())
+        requests.leave_if_stopped()
+        loss = sums["loss"].sum().item()
+        return loss if guard.healthy or not math.isfinite(loss) else None
+
+    return loss_at
+
+
+def write_report(
+    run_dir: Path, runs: list[tuple[list[float], list[float]]], suggestion: Suggestion,
+    verified: Mapping[float, float], recipe: Options | None = None,
+) -> str:
+    """Writes ``lr_find.json``, ``.csv``, ``.png`` and, of a recipe that is given, ``.yaml``.
+
+    Args:
+        runs: rates and losses of each sweep.
+        verified: by rate, the evaluation loss of a short run.
+        recipe: lr_find.py's options, to be written with the answer in them.
+
+    Returns:
+        The answer in lines for the terminal.
+    """
+    (lrs, losses, low, high), _ = lr_sweep.combine(runs)
+    answer = suggestion.answer
+    if finite := {lr: loss for lr, loss in verified.items() if math.isfinite(loss)}:
+        answer = min(finite, key=finite.get)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    durable.write_text(run_dir / "lr_find.json", json.dumps({
+        "suggestion": answer, "verdict": suggestion.verdict, "doubt": suggestion.doubt,
+        "suggestions": suggestion.by_method,
+        "verified": [{"lr": lr, "eval_loss": _plain(loss)} for lr, loss in verified.items()],
+        "lrs": lrs, "losses": losses, "low": low, "high": high,
+        "repeats": [{"lrs": one, "losses": [_plain(loss) for loss in its]} for one, its in runs],
+    }, indent=1) + "\n")
+    table = io.StringIO()
+    rows = csv.writer(table, lineterminator="\n")
+    rows.writerow(["lr", "loss", "low", "high"])
+    rows.writerows(zip(lrs, losses, low, high, strict=True))
+    durable.write_text(run_dir / "lr_find.csv", table.getvalue())
+    marks = suggestion.by_method | ({"verified": answer} if verified else {})
+    plots.draw_sweep(run_dir / "lr_find.png", lrs, losses, low, high,
+                     lr_sweep.smooth(losses, _SMOOTHING), marks, suggestion.verdict)
+    lines = [f"lr_find: {suggestion.verdict}"]
+    lines += [f"  {name:14} {lr:.3g}" for name, lr in suggestion.by_method.items() if lr]
+    lines += [f"  after a run at {lr:.3g}: eval/loss {loss:.4f}" for lr, loss in verified.items()]
+    lines.append(f"{run_dir}: lr_find.json, lr_find.csv, lr_find.png")
+    if answer is None:
+        lines.append("no rate is suggested")
+        return "\n".join(lines)
+    lines.append(f"train with --optim.lr {answer:.2g}")
+    if recipe is not None:
+        rate = float(f"{answer:.2g}")
+        applied = recipe.model_copy(update={
+            "run_dir": None, "optim": recipe.optim.model_copy(update={"lr": rate}),
+        })
+        text = to_yaml(applied, leave_out=("apply", "sweep"))
+        durable.write_text(run_dir / "lr_find.yaml", text)
+        lines[-1] += f", or --recipe {run_dir / 'lr_find.yaml'}"
+    return "\n".join(lines)
+
+
+def _plain(number: float) -> float | None:
+    """JSON has no infinity."""
+    return number if math.isfinite(number) else None
