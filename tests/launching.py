@@ -9,6 +9,7 @@ from pathlib import Path
 from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import nn
+from warm import fork
 
 from trainlib import checkpoint, data
 from trainlib.tasks import TaskOptions
@@ -44,9 +45,7 @@ def launch(
 
 def train(folder: Path, *flags: str, processes: int = 1, script: str = "train.py") -> Path:
     """A finished run in ``folder`` without trackers; fails with the output if it did not finish."""
-    result = launch(
-        ["--run_dir", str(folder), "--log.trackers", "[]", *flags], processes, script
-    )
+    result = fork(["--run_dir", str(folder), "--log.trackers", "[]", *flags], processes, script)
     written = folder / "exit.json"
     assert written.exists() and json.loads(written.read_text())["code"] == 0, (
         result.stdout + result.stderr

@@ -9,8 +9,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from launching import launch, weights
+from launching import weights
 from safetensors.torch import save_file
+from warm import fork
 
 import train as script
 from trainlib import models
@@ -428,7 +429,7 @@ def test_a_mistake_is_told_in_one_line_before_anything_is_written(nets, tmp_path
 def test_code_that_fails_ends_with_code_2_and_no_traceback(nets, tmp_path, name):
     (tmp_path / "exits.py").write_text("import argparse\nargparse.ArgumentParser().parse_args()\n")
     name = name.replace("{nets}", nets).replace("{dir}", str(tmp_path))
-    result = launch(arguments(tmp_path / "run", "--model.name", name))
+    result = fork(arguments(tmp_path / "run", "--model.name", name))
     assert result.returncode == 2 and "Traceback" not in result.stderr
     last = result.stderr.strip().splitlines()[-1]
     assert last.startswith("train.py: ") and ".py, line " in last

@@ -5,7 +5,8 @@ import json
 import datasets
 import numpy as np
 import pytest
-from launching import assert_same_run, launch, losses, records, train
+from launching import assert_same_run, losses, records, train
+from warm import fork
 
 from trainlib.models import load_model
 
@@ -186,7 +187,7 @@ def test_a_poisoned_pixel_names_its_row_in_any_kind_of_job(tmp_path, sources):
 def loss(output, target):
     return ((output - target) ** 2).where(target < 1.5, float("nan"))
 """)
-    result = launch(["--run_dir", str(tmp_path / "run"), "--log.trackers", "[]", *SHORT,
+    result = fork(["--run_dir", str(tmp_path / "run"), "--log.trackers", "[]", *SHORT,
                      *sources["regression"], "--tasks.progression.loss", f"{tmp_path}/own.py:loss"])
     assert result.returncode == 3 and "Traceback" not in result.stderr
     bad = [json.loads(line) for line in (tmp_path / "run/bad_steps.jsonl").read_text().splitlines()]
@@ -216,7 +217,7 @@ class Single(nn.Linear):
         ([*sources["multi_task"], "--model.name", f"{nets}:Single"],
          "the model's output is one tensor, (2, 3), task 'kind' needs (2, 3)"),
     ):
-        result = launch(["--run_dir", str(tmp_path / "run"), "--log.trackers", "[]", *flags])
+        result = fork(["--run_dir", str(tmp_path / "run"), "--log.trackers", "[]", *flags])
         assert result.returncode == 2 and message in result.stderr, result.stderr
         assert "Traceback" not in result.stderr and not (tmp_path / "run").exists()
 
@@ -246,6 +247,6 @@ class Single(nn.Linear):
 ])
 def test_what_does_not_fit_is_one_line_and_exit_code_2(tmp_path, sources, flags, message):
     run = tmp_path / "run"
-    result = launch(["--run_dir", str(run), "--log.trackers", "[]", *flags])
+    result = fork(["--run_dir", str(run), "--log.trackers", "[]", *flags])
     assert result.returncode == 2 and message in result.stderr
     assert "Traceback" not in result.stderr and not run.exists()

@@ -7,6 +7,7 @@ import pytest
 import torch
 from launching import ROOT, assert_same_run, launch, train
 from PIL import Image
+from warm import fork
 
 import train as script
 from trainlib import config
@@ -20,14 +21,14 @@ SHORT = ["--sweep.steps", "40", "--sweep.lr_min", "1e-5", "--batch.micro_size", 
 RESNET = ["--model.name", "resnet", "--model.args.width", "8"]
 
 
-def find(folder, *flags, processes=1):
-    result = launch(["--run_dir", str(folder), *flags], processes, script="lr_find.py")
+def find(folder, *flags, processes=1, run=fork):
+    result = run(["--run_dir", str(folder), *flags], processes, script="lr_find.py")
     assert (folder / "lr_find.json").exists(), result.stdout + result.stderr
     return json.loads((folder / "lr_find.json").read_text()), result.stdout
 
 
 def test_with_no_arguments_it_sweeps_the_default_job_and_writes_its_answer(tmp_path):
-    found, output = find(tmp_path / "run", "--apply")
+    found, output = find(tmp_path / "run", "--apply", run=launch)
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
         "lr_find.json", "lr_find.csv", "lr_find.png", "lr_find.yaml"}
     assert 1e-3 < found["suggestion"] < 2e-2  # where the default job learns best, by its grid
@@ -83,7 +84,7 @@ def test_a_run_with_lr_auto_is_the_run_with_the_rate_that_was_found(tmp_path, fl
 
 def test_a_run_with_lr_auto_keeps_its_rate_when_it_is_resumed(tmp_path):
     flags = ["--optim.lr", "auto", "--loop.duration", "25 steps"]
-    result = launch(["--run_dir", str(tmp_path / "run"), "--log.trackers", "[]", *flags],
+    result = fork(["--run_dir", str(tmp_path / "run"), "--log.trackers", "[]", *flags],
                     script="tests/struck_train.py", STRIKE="SIGTERM evaluation 3")
     assert result.returncode == 75, result.stderr
     before = (tmp_path / "run" / "lr_find.json").stat().st_mtime_ns
@@ -110,7 +111,7 @@ def test_bad_input_is_refused_before_anything_is_written(tmp_path, monkeypatch, 
 
 def test_a_finished_run_is_not_swept(tmp_path):
     run = train(tmp_path / "run", "--loop.duration", "3 steps")
-    result = launch(["--run_dir", str(run)], script="lr_find.py")
+    result = fork(["--run_dir", str(run)], script="lr_find.py")
     assert result.returncode == 2 and "holds a run that has finished" in result.stderr
     assert not (run / "lr_find.json").exists()
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 from launching import ROOT, assert_same_run, launch, records, train
+from warm import fork
 
 LENGTH = ["--loop.duration", "60 steps", "--loop.eval_every", "7 steps", "--log.every", "1",
           "--checkpoint.every", "11 steps", "--log.trackers", "[]"]
@@ -24,8 +25,9 @@ GPT = ["--data.source", "builtin:pydocs", "--data.tokenizer", "bytes", "--data.b
 
 def struck(folder: Path, strike: str, *flags: str, processes: int = 1) -> dict:
     """A run that is struck as tests/struck_train.py says, and its exit.json, if it wrote one."""
-    result = launch(["--run_dir", str(folder), *LENGTH, *flags], processes,
-                    script="tests/struck_train.py", STRIKE=strike)
+    run = fork if strike.startswith("SIGKILL") else launch
+    result = run(["--run_dir", str(folder), *LENGTH, *flags], processes,
+                 script="tests/struck_train.py", STRIKE=strike)
     assert folder.with_name(f"{folder.name}.struck").exists(), result.stdout + result.stderr
     file = folder / "exit.json"
     return json.loads(file.read_text()) if file.exists() else {"output": result.stderr}
@@ -165,7 +167,7 @@ def test_what_is_damaged_is_named_and_the_one_before_it_taken(stopped, tmp_path)
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 4
     file.write_bytes(content)
-    result = launch(["--run_dir", str(run), *LENGTH, *DIGITS])
+    result = fork(["--run_dir", str(run), *LENGTH, *DIGITS])
     assert result.returncode == 0
     assert ("checkpoints/step_00000040 is damaged and left out: optimizer.safetensors: sha256 "
             "differs") in result.stdout
@@ -179,7 +181,7 @@ def test_if_all_are_damaged_nothing_is_overwritten(stopped, tmp_path):
     (run / "checkpoints" / "step_00000040" / "state.json").write_text("")
     (run / "checkpoints" / "step_00000033" / "model.safetensors").unlink()
     before = files_of(run)
-    result = launch(["--run_dir", str(run), *LENGTH, *DIGITS])
+    result = fork(["--run_dir", str(run), *LENGTH, *DIGITS])
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert "step_00000040 is damaged and left out: state.json: 0 bytes" in result.stderr
     assert "step_00000033 is damaged and left out: model.safetensors: missing" in result.stderr
@@ -199,16 +201,16 @@ def test_if_all_are_damaged_nothing_is_overwritten(stopped, tmp_path):
 def test_another_run_is_refused_by_the_option_that_differs(stopped, tmp_path, flags, message):
     run = shutil.copytree(stopped, tmp_path / "run")
     before = files_of(run)
-    result = launch(["--run_dir", str(run), *LENGTH, *DIGITS, *flags])
+    result = fork(["--run_dir", str(run), *LENGTH, *DIGITS, *flags])
     assert result.returncode == 2 and message in result.stderr, result.stderr
     assert files_of(run) | {"exit.json": b""} == before | {"exit.json": b""}
 
 
 def test_a_longer_run_goes_on_from_the_end_and_says_so(tmp_path):
     run = train(tmp_path / "run", *LENGTH, *DIGITS)
-    again = launch(["--run_dir", str(run), *LENGTH, *DIGITS])
+    again = fork(["--run_dir", str(run), *LENGTH, *DIGITS])
     assert again.returncode == 0 and "this run has finished" in again.stdout
-    longer = launch(["--run_dir", str(run), *LENGTH, *DIGITS, "--loop.duration", "80 steps"])
+    longer = fork(["--run_dir", str(run), *LENGTH, *DIGITS, "--loop.duration", "80 steps"])
     assert "goes on with another length: loop.duration (60 steps there, 80 steps here)" in (
         longer.stdout)
     assert "resumed at step 60 of 80" in longer.stdout
@@ -280,7 +282,7 @@ def test_a_final_save_that_fails_ends_with_code_4(stopped, tmp_path):
     run = shutil.copytree(stopped, tmp_path / "run")
     shutil.rmtree(run / "checkpoints")
     (run / "checkpoints").write_text("in the way")
-    result = launch(["--run_dir", str(run), *LENGTH, *DIGITS])
+    result = fork(["--run_dir", str(run), *LENGTH, *DIGITS])
     assert result.returncode == 4 and "Traceback" not in result.stderr
     assert result.stdout.count("not written: checkpoints/step_") == 6  # and training went on
     assert json.loads((run / "exit.json").read_text())["code"] == 4

@@ -6,6 +6,7 @@ import pytest
 import torch
 from launching import assert_same_run, launch, load, losses, records, train, weights
 from poisoned_train import poisoned_sample
+from warm import fork
 
 SHORT = ["--loop.duration", "60 steps", "--log.every", "1", "--batch.micro_size", "16"]
 WITHOUT_DROPOUT = ["--loop.duration", "60 steps", "--log.every", "1", "--model.args.dropout", "0"]
@@ -34,18 +35,19 @@ def test_a_ragged_last_micro_batch_and_idle_processes_change_no_bit(tmp_path):
 def test_more_processes_than_micro_batches_change_no_bit_and_are_told(tmp_path):
     flags = ["--run_dir", str(tmp_path / "2"), "--log.trackers", "[]", "--batch.micro_size", "64",
              "--loop.duration", "20 steps", "--model.name", "resnet", "--log.every", "1"]
-    result = launch(flags, processes=2)
+    result = fork(flags, processes=2)
     assert "idle" in result.stdout
     flags[1] = str(tmp_path / "1")
-    result = launch(flags)
+    result = fork(flags)
     assert "idle" not in result.stdout
     assert_same_run(tmp_path / "1", tmp_path / "2")
 
 
-def test_the_launchers_thread_count_changes_no_bit(tmp_path, monkeypatch):
+def test_the_launchers_thread_count_changes_no_bit(tmp_path):
     one = train(tmp_path / "one", *SHORT)
-    monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    assert_same_run(one, train(tmp_path / "two", *SHORT))
+    launch(["--run_dir", str(tmp_path / "two"), "--log.trackers", "[]", *SHORT],
+           OMP_NUM_THREADS="2")
+    assert_same_run(one, tmp_path / "two")
 
 
 def test_every_way_to_cut_a_batch_gives_one_curve_to_rounding(tmp_path):
@@ -94,7 +96,7 @@ def test_a_poisoned_sample_costs_one_update_and_is_named(tmp_path, processes, mi
 
 def test_ten_bad_steps_in_a_row_end_the_run_with_code_3(tmp_path):
     # lr 1e30 makes the first update overflow everything after it.
-    result = launch(["--run_dir", str(tmp_path / "run"), "--log.trackers", "[]", "--optim.lr",
+    result = fork(["--run_dir", str(tmp_path / "run"), "--log.trackers", "[]", "--optim.lr",
                      "1e30", "--schedule.warmup", "0 steps"])
     assert result.returncode == 3 and "Traceback" not in result.stderr
     assert json.loads((tmp_path / "run" / "exit.json").read_text())["code"] == 3

@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from launching import ROOT, assert_same_run, launch, load, losses, records, train, weights
+from warm import fork
 
 from trainlib import data
 from trainlib.evaluate import evaluate
@@ -57,9 +58,9 @@ def test_the_default_command_learns_digits_and_writes_its_folder(tmp_path):
 def test_a_finished_run_says_so_and_another_recipe_is_refused(tmp_path):
     run = train(tmp_path / "run", *QUICK)
     before = (run / "metrics.jsonl").read_text()
-    again = launch(["--run_dir", str(run), "--log.trackers", "[]", *QUICK])
+    again = fork(["--run_dir", str(run), "--log.trackers", "[]", *QUICK])
     assert again.returncode == 0 and "this run has finished" in again.stdout
-    other = launch(["--run_dir", str(run), *QUICK, "--optim.lr", "5e-3"])
+    other = fork(["--run_dir", str(run), *QUICK, "--optim.lr", "5e-3"])
     assert other.returncode == 2
     assert "optim.lr (0.001 there, 0.005 here)" in other.stderr and "Traceback" not in other.stderr
     assert (run / "metrics.jsonl").read_text() == before
@@ -147,7 +148,7 @@ def test_launches_that_would_train_something_else_are_refused_in_one_line(
 
 def test_a_folder_with_other_files_is_no_run_folder(tmp_path):
     (tmp_path / "thesis.txt").write_text("precious")
-    result = launch(["--run_dir", str(tmp_path)])
+    result = fork(["--run_dir", str(tmp_path)])
     assert result.returncode == 2 and "holds files but no run" in result.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
 
@@ -156,7 +157,7 @@ def test_a_folder_with_other_files_is_no_run_folder(tmp_path):
 def test_early_stopping_is_agreed_and_names_the_result(tmp_path, processes):
     flags = ["--loop.eval_every", "5 steps", "--loop.patience", "2", "--optim.lr", "0.3",
              "--loop.duration", "400 steps", "--log.trackers", "[]"]
-    result = launch(["--run_dir", str(tmp_path / "run"), *flags], processes)
+    result = fork(["--run_dir", str(tmp_path / "run"), *flags], processes)
     run = tmp_path / "run"
     accuracies = [r["eval/accuracy"] for r in records(run) if "eval/accuracy" in r]
     best = accuracies.index(max(accuracies))
