@@ -5,8 +5,8 @@
     accelerate launch lr_find.py --recipe mine.yaml --sweep.repeats 3 --apply
     python lr_find.py --help
 
-Every step trains at a higher rate than the one before, until the loss blows up; the answer is the
-rate at which the loss falls steepest. The run folder gets lr_find.json, .csv and .png, and with
+Every step trains at a higher rate than the one before, until the loss blows up; the answer is
+half the rate at which it ceases to fall steeply. The run folder gets lr_find.json, .csv and .png, and with
 --apply a copy of the recipe with the rate in it. Nothing else changes.
 """
 
@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from pydantic import Field
 
-from trainlib import data, lr_sweep, models, optim, plan, runtime, tasks
+from trainlib import data, lr_suggestion, lr_sweep, models, optim, plan, runtime, tasks
 from trainlib.batchnorm import BatchStatistics
 from trainlib.checkpoint import CheckpointOptions, undone
 from trainlib.config import Options, UserError, read, recipe_name
@@ -201,7 +201,7 @@ def main(arguments: list[str]) -> None:
             if seed != first_seed:
                 module.load_state_dict(build_module(seed).state_dict())
             runs.append(lr_sweep.drive(loss_at, rates, lr_sweep.StopRule(len(rates))))
-    _, suggestion = lr_sweep.combine(runs)
+    _, suggestion = lr_suggestion.combine(runs)
     verified = {}
     if sweep.verify is not None and suggestion.answer is not None:
         length = duration_steps(options.loop.duration, num_samples, batch.global_size)

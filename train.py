@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from pydantic import Field
 
-from trainlib import data, lr_sweep, models, optim, plan, runtime, tasks
+from trainlib import data, lr_suggestion, lr_sweep, models, optim, plan, runtime, tasks
 from trainlib.batchnorm import BatchStatistics
 from trainlib.checkpoint import CheckpointOptions, Checkpoints, undone
 from trainlib.config import Options, UserError, read, recipe_name, to_yaml
@@ -234,7 +234,7 @@ def main(arguments: list[str]) -> None:
                 swept_loss(train_step, sums, guard, requests), lr_sweep.sweep_rates(),
                 lr_sweep.StopRule(),
             )
-        suggestion = lr_sweep.suggest(*swept)
+        suggestion = lr_suggestion.suggest(*swept)
         if accelerator.is_main_process:
             run_log.say(write_report(run_dir, [swept], suggestion, {}))
         if suggestion.answer is None:

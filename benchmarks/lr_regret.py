@@ -1,7 +1,7 @@
 """What trusting a sweep costs: the best rate of a grid against the one that lr_find.py suggests.
 
     python benchmarks/lr_regret.py [--recipes digits_mlp csv ...] [--optimizers sgd adamw]
-                                   [--set loop.duration="5 epochs" ...]
+                                   [--seeds N] [--set loop.duration="5 epochs" ...]
 
 For each recipe and optimizer: a sweep, a run at each of 9 rates (half a decade apart), and a run at
 the answer of each rule on the very curve of that sweep. Regret is the best value of the monitored
@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from trainlib.config import parse_yaml  # noqa: E402
+from trainlib.lr_suggestion import DEFAULT  # noqa: E402
 from trainlib.lr_sweep import smooth  # noqa: E402
 from trainlib.progress import check_monitor  # noqa: E402
 
@@ -73,19 +74,25 @@ def run(script: str, folder: Path, flags: list[str]) -> None:
         sys.exit(result.stdout + result.stderr)
 
 
-def trained(folder: Path, lr: float, flags: list[str]) -> float:
-    """The best value of the monitored metric at a rate; losses are negative, so that more is
-    better."""
-    run("train.py", folder, [*flags, "--optim.lr", repr(float(lr))])
-    monitor = parse_yaml((folder / "config.yaml").read_text())["loop"]["monitor"]
-    sign = -1 if check_monitor(monitor, [monitor]) else 1
-    records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    values = [sign * r[monitor] for r in records if r.get(monitor) is not None]
-    return max(values, default=-np.inf)
+def trained(folder: Path, lr: float, flags: list[str], num_seeds: int) -> float:
+    """The best value of the monitored metric at a rate, the mean over seeds; losses are negative,
+    so that more is better."""
+    best = []
+    for seed in range(num_seeds):
+        run_dir = folder / str(seed)
+        run("train.py", run_dir, [*flags, "--seed", str(seed), "--optim.lr", repr(float(lr))])
+        monitor = parse_yaml((run_dir / "config.yaml").read_text())["loop"]["monitor"]
+        sign = -1 if check_monitor(monitor, [monitor]) else 1
+        records = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+        values = [sign * r[monitor] for r in records if r.get(monitor) is not None]
+        best.append(max(values, default=-np.inf))
+    return statistics.mean(best)
 
 
-def regrets(recipe: str, optimizer: str, flags: list[str], folder: Path) -> dict[str, float]:
-    """By rule, what its answer loses against the best of the grid."""
+def regrets(
+    recipe: str, optimizer: str, flags: list[str], folder: Path, num_seeds: int
+) -> tuple[str, dict[str, float]]:
+    """The unit, and by rule what its answer loses against the best of the grid."""
     optimizer_flags, grid = OPTIMIZERS[optimizer]
     flags = ["--recipe", f"recipes/{recipe}.yaml", *optimizer_flags, *flags]
     run("lr_find.py", folder / "sweep", flags)
@@ -93,18 +100,21 @@ def regrets(recipe: str, optimizer: str, flags: list[str], folder: Path) -> dict
     lrs, losses = np.array(found["lrs"]), found["losses"]
     answers = {"ours": found["suggestion"]} | {
         name: rule(lrs, np.array(smooth(losses, beta))) for name, (rule, beta) in OTHERS.items()
-    } | {name: rate for name, rate in found["suggestions"].items() if name != "steepest"}
-    on_grid = [trained(folder / f"grid {lr:.3g}", lr, flags) for lr in grid]
+    } | {name: rate for name, rate in found["suggestions"].items() if name != DEFAULT}
+    on_grid = [trained(folder / f"grid {lr:.3g}", lr, flags, num_seeds) for lr in grid]
     best = max(on_grid)
+    unit = "points" if best > 0 else "% of the loss"
     lost = {}
     for name, lr in answers.items():
-        value = statistics.median(on_grid) if lr is None else trained(folder / name, lr, flags)
-        lost[name] = best - value if best > 0 else (best - value) / -best
-    shown = ", ".join(f"{name} {100 * value:.2f} ({answers[name] or 0:.2g})"
+        value = statistics.median(on_grid)
+        if lr is not None:
+            value = trained(folder / name, lr, flags, num_seeds)
+        lost[name] = 100 * (best - value) / (1 if best > 0 else -best)
+    shown = ", ".join(f"{name} {value:.2f} ({answers[name] or 0:.2g})"
                       for name, value in lost.items())
     print(f"{recipe} {optimizer}: best {abs(best):.4f} at {grid[int(np.argmax(on_grid))]:.2g}; "
-          f"lost: {shown}", flush=True)
-    return lost
+          f"lost, in {unit}: {shown}", flush=True)
+    return unit, lost
 
 
 def main() -> None:
@@ -112,18 +122,20 @@ def main() -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipes", nargs="+", default=RECIPES)
     parser.add_argument("--optimizers", nargs="+", default=list(OPTIMIZERS))
+    parser.add_argument("--seeds", type=int, default=1, help="runs at each rate")
     parser.add_argument("--set", nargs="*", default=[], help="further options, as name=value")
     options = parser.parse_args()
     flags = [word for pair in options.set for word in ("--" + pair).split("=", 1)]
-    table: dict[str, list[float]] = {}
+    table: dict[tuple[str, str], list[float]] = {}
     for recipe in options.recipes:
         for optimizer in options.optimizers:
             with tempfile.TemporaryDirectory() as folder:
-                for name, lost in regrets(recipe, optimizer, flags, Path(folder)).items():
-                    table.setdefault(name, []).append(100 * lost)
-    print(f"{'rule':20}{'mean':>8}{'worst':>8}")
-    for name, lost in table.items():
-        print(f"{name:20}{statistics.mean(lost):>8.2f}{max(lost):>8.2f}")
+                unit, lost = regrets(recipe, optimizer, flags, Path(folder), options.seeds)
+                for name, value in lost.items():
+                    table.setdefault((unit, name), []).append(value)
+    print(f"{'rule':20}{'mean':>8}{'worst':>10}{'jobs':>6}")
+    for (unit, name), lost in sorted(table.items(), key=lambda item: item[0][0]):
+        print(f"{name:20}{statistics.mean(lost):>8.2f}{max(lost):>10.2f}{len(lost):>6}  {unit}")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from trainlib import config
 ROOT = Path(__file__).resolve().parent.parent
 LEVEL_0 = {
     "config", "plan", "schedule", "losses", "metrics", "augment", "muon", "user_code", "agreement",
-    "durable", "lr_sweep", "plots",
+    "durable", "lr_sweep", "lr_suggestion", "plots",
 }
 SCRIPTS = {"train.py": (TrainOptions, 300), "lr_find.py": (FindOptions, 230)}
 

@@ -15,6 +15,7 @@ from trainlib.batchnorm import BatchStatistics
 from trainlib.checkpoint import undone
 from trainlib.checkpoint.state import model_tensors
 from trainlib.ema import Ema
+from trainlib.lr_suggestion import METHODS
 from trainlib.optim import OptimOptions, build_optimizer
 
 SHORT = ["--sweep.steps", "40", "--sweep.lr_min", "1e-5", "--batch.micro_size", "16"]
@@ -32,7 +33,7 @@ def test_with_no_arguments_it_sweeps_the_default_job_and_writes_its_answer(tmp_p
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
         "lr_find.json", "lr_find.csv", "lr_find.png", "lr_find.yaml"}
     assert 1e-3 < found["suggestion"] < 2e-2  # where the default job learns best, by its grid
-    assert found["suggestion"] == found["suggestions"]["steepest"]
+    assert found["suggestion"] == found["suggestions"]["edge"]
     assert found["doubt"] == max(found["suggestions"].values()) / min(found["suggestions"].values())
     assert f"train with --optim.lr {found['suggestion']:.2g}" in output
     assert found["verdict"] in output
@@ -122,7 +123,7 @@ def test_where_there_is_no_answer_it_says_why_and_makes_none_up(tmp_path):
     assert "no rate is suggested" in output
     found, output = find(tmp_path / "low", "--sweep.lr_min", "1e-12", "--sweep.lr_max", "1e-9")
     assert found["suggestion"] is None and "never falls by more than its noise" in output
-    assert found["suggestions"] == {"steepest": None, "valley": None, "minimum_tenth": None}
+    assert found["suggestions"] == dict.fromkeys(METHODS)
 
 
 def test_a_rehearsal_leaves_no_trace():

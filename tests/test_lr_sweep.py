@@ -5,18 +5,9 @@ import math
 import numpy as np
 import pytest
 
-from trainlib import lr_sweep
-from trainlib.lr_sweep import (
-    DIVERGES,
-    NO_FALL,
-    STILL_FALLS,
-    StopRule,
-    combine,
-    drive,
-    smooth,
-    suggest,
-    sweep_rates,
-)
+from trainlib import lr_suggestion
+from trainlib.lr_suggestion import DIVERGES, NO_FALL, STILL_FALLS, combine, suggest
+from trainlib.lr_sweep import StopRule, drive, smooth, sweep_rates
 
 LR_MIN, LR_MAX = 1e-6, 10.0
 
@@ -53,9 +44,17 @@ def curve(family, num_steps=100, noise=0.0, seed=0, grows=False):
     return lrs, FAMILIES[family](lrs) + noise * errors
 
 
-def true_steepest(family):
+def true_answers(family):
+    """The steepest point of the curve without noise, and half of where its slope has halved."""
     log_lrs = np.linspace(math.log(LR_MIN), math.log(LR_MAX), 20_001)
-    return math.exp(log_lrs[np.argmin(np.gradient(FAMILIES[family](np.exp(log_lrs)), log_lrs))])
+    slopes = np.gradient(FAMILIES[family](np.exp(log_lrs)), log_lrs)
+    steepest = np.argmin(slopes)
+    end = steepest + np.argmax(slopes[steepest:] > slopes[steepest] / 2)
+    return math.exp(log_lrs[steepest]), math.exp(log_lrs[end]) / 2
+
+
+def true_steepest(family):
+    return true_answers(family)[0]
 
 
 @pytest.mark.parametrize("spacing", ["exponential", "linear"])
@@ -154,24 +153,27 @@ def test_driving_ends_with_a_loss_that_is_not_finite():
 @pytest.mark.parametrize("noise, grows", [(0.0, False), (0.02, False), (0.1, False), (0.1, True)])
 @pytest.mark.parametrize("num_steps", [20, 50, 300])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_median_answer_is_within_a_factor_2_of_the_steepest_point(
+def test_the_median_answer_is_within_a_factor_2_of_the_curve_without_noise(
     family, num_steps, noise, grows
 ):
     # Many seeds where few points and much noise leave most to chance.
-    seeds = 1 if noise == 0 else 25 if num_steps == 20 and noise == 0.1 else 5
-    answers = [suggest(*curve(family, num_steps, noise, seed, grows)).answer
-               for seed in range(seeds)]
-    found = [answer for answer in answers if answer is not None]
+    seeds = 1 if noise == 0 else 50 if num_steps <= 50 and noise == 0.1 else 5
+    suggestions = [suggest(*curve(family, num_steps, noise, seed, grows)) for seed in range(seeds)]
+    found = [one.by_method for one in suggestions if one.answer is not None]
     assert len(found) >= 0.8 * seeds
-    assert 0.5 < np.median(found) / true_steepest(family) < 2
+    steepest, edge = true_answers(family)
+    assert 0.5 < np.median([one["steepest"] for one in found]) / steepest < 2
+    # Noise breaks a stretch that ends as gently as the square root's before its end.
+    factor = 2.5 if noise == 0.1 else 2
+    assert 1 / factor < np.median([one["edge"] for one in found]) / edge < factor
 
 
 def test_every_method_finds_the_middle_of_a_symmetric_fall():
     lrs, losses = curve("plateau_at_the_end", 200)
-    assert lr_sweep.steepest(lrs, losses) == pytest.approx(3e-3, rel=0.02)
-    assert lr_sweep.valley(lrs, losses) == pytest.approx(3e-3, rel=0.1)
+    assert lr_suggestion.steepest(lrs, losses) == pytest.approx(3e-3, rel=0.02)
+    assert lr_suggestion.valley(lrs, losses) == pytest.approx(3e-3, rel=0.1)
     bowl = (np.log(lrs / 0.1)) ** 2
-    assert lr_sweep.minimum_tenth(lrs, bowl) == pytest.approx(0.01, rel=0.1)
+    assert lr_suggestion.minimum_tenth(lrs, bowl) == pytest.approx(0.01, rel=0.1)
 
 
 @pytest.mark.parametrize("scale, offset", [(1e-30, 0.0), (1e30, 0.0), (0.5, -1e3), (3.0, 1e3)])
@@ -203,17 +205,29 @@ def test_the_same_curve_gives_the_same_answer_and_says_how_sure_it_is():
 def test_linear_sweeps_and_skipped_steps_do_not_mislead():
     lrs = np.array(sweep_rates(1e-4, 0.1, 100, "linear"))
     errors = 0.02 * np.random.default_rng(0).normal(size=100)
-    assert 0.5 < suggest(lrs, 1 - sigmoid(lrs, 1e-2, 0.3) + errors).answer / 1e-2 < 2
+    assert 0.5 < suggest(lrs, 1 - sigmoid(lrs, 1e-2, 0.3) + errors).by_method["steepest"] / 1e-2 < 2
     lrs, losses = curve("sigmoid", noise=0.02)
     kept = np.random.default_rng(1).random(100) < 0.6
-    assert 0.5 < suggest(lrs[kept], losses[kept]).answer / true_steepest("sigmoid") < 2
+    steepest = suggest(lrs[kept], losses[kept]).by_method["steepest"]
+    assert 0.5 < steepest / true_steepest("sigmoid") < 2
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.02])
+def test_what_a_net_regains_after_it_has_blown_up_is_no_fall(noise):
+    """Beyond a rate the net forgets all and then relearns: the steepest fall of all, too late."""
+    lrs, losses = curve("sigmoid", noise=noise)
+    regained = 3 * sigmoid(lrs, 0.15, 0.1) - 2.5 * sigmoid(lrs, 0.9, 0.1)
+    losses = 1 - sigmoid(lrs, 3e-3, 0.7) + regained + (losses - FAMILIES["sigmoid"](lrs))
+    found = suggest(lrs, losses)
+    assert 0.5 < found.by_method["steepest"] / true_steepest("sigmoid") < 2
+    assert found.answer < 0.1
 
 
 @pytest.mark.parametrize("tail", [math.nan, math.inf, 1e300], ids=str)
 def test_what_a_blow_up_ends_in_does_not_matter(tail):
     lrs, losses = curve("sharp", noise=0.02)
     losses[80:] = tail
-    assert 0.5 < suggest(lrs, losses).answer / true_steepest("sharp") < 2
+    assert 0.5 < suggest(lrs, losses).by_method["steepest"] / true_steepest("sharp") < 2
 
 
 @pytest.mark.parametrize("num_steps, grows, most", [
@@ -258,7 +272,7 @@ def test_no_number_is_made_up(losses, verdict):
     assert suggestion.answer is None and suggestion.doubt is None
     assert set(suggestion.by_method.values()) == {None}
     if verdict != STILL_FALLS:
-        for method in lr_sweep.METHODS.values():
+        for method in lr_suggestion.METHODS.values():
             assert method(LRS, losses) is None
 
 

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from trainlib import durable, lr_sweep, plots
+from trainlib import durable, lr_suggestion, lr_sweep, plots
 from trainlib.config import Options, to_yaml
-from trainlib.lr_sweep import Suggestion
+from trainlib.lr_suggestion import Suggestion
 from trainlib.schedule import check_duration
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def write_report(
     Returns:
         The answer in lines for the terminal.
     """
-    (lrs, losses, low, high), _ = lr_sweep.combine(runs)
+    (lrs, losses, low, high), _ = lr_suggestion.combine(runs)
     answer = suggestion.answer
     if finite := {lr: loss for lr, loss in verified.items() if math.isfinite(loss)}:
         answer = min(finite, key=finite.get)
