@@ -6,8 +6,8 @@
     python lr_find.py --help
 
 Every step trains at a higher rate than the one before, until the loss blows up; the answer is
-half the rate at which it ceases to fall steeply. The run folder gets lr_find.json, .csv and .png, and with
---apply a copy of the recipe with the rate in it. Nothing else changes.
+half the rate at which it ceases to fall steeply. The run folder gets lr_find.json, .csv and .png,
+and with --apply a copy of the recipe with the rate in it. Nothing else changes.
 """
 
 import math
