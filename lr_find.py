@@ -133,7 +133,7 @@ def main(arguments: list[str]) -> None:
     ema = None  # an average says nothing about a rate
     requests = runtime.hold_signals(accelerator, None)
 
-    def objective(output, targets, item_counts, mix):
+    def objective(output, targets, item_counts, mix, *_):
         """The micro-batch's share of the step's loss, whole and by task."""
         shares = [
             task.losses(output, targets, mix).sum() * (task.weight / max(item_counts[task.name], 1))
@@ -153,10 +153,10 @@ def main(arguments: list[str]) -> None:
             inputs, targets, mix = augment(micro_batch.inputs, micro_batch.targets)
             with sums.no_sync(micro_batch.is_last):
                 output = model(inputs, **arguments(targets))
-                loss, shares = objective(output, targets, item_counts, mix)
+                loss, parts = objective(output, targets, item_counts, mix, inputs, micro_batch)
                 accelerator.backward(sums.scaled(loss, micro_batch.is_real))
             sums.add_gradients(micro_batch.is_real)
-            sums.add("loss", shares, micro_batch.is_real)
+            sums.add("loss", parts, micro_batch.is_real)
             batch_statistics.add_to(sums["batch_norm"], micro_batch.is_real)
         requests.add_to(sums["requests"])
         sums.reduce()

@@ -12,6 +12,7 @@ loop is below, and changing it is what this file is for.
 
 import time
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -63,8 +64,7 @@ def main(arguments: list[str]) -> None:
     accelerator = runtime.make_accelerator(
         options.log.trackers, options.deterministic, options.cpu_threads
     )
-    device, world_size = accelerator.device, accelerator.num_processes
-    batch = options.batch
+    device, world_size, batch = accelerator.device, accelerator.num_processes, options.batch
 
     # ---- data and tasks ----
     source = data.open_source(options.data)
@@ -156,12 +156,9 @@ def main(arguments: list[str]) -> None:
         dataset.validation, batch.eval_size, accelerator.process_index, world_size, device
     )
     exact_sum = batch.exact_sum if batch.exact_sum is not None else device.type == "cpu"
-    sums = StepSums(
-        accelerator, model,
-        {"loss": len(task_list), "batch_norm": batch_statistics.size,
-         "requests": runtime.Requests.NUM},
-        exact_sum, len(assignments),
-    )
+    sizes = {"loss": len(task_list), "batch_norm": batch_statistics.size,
+             "requests": runtime.Requests.NUM}
+    sums = StepSums(accelerator, model, sizes, exact_sum, len(assignments))
     guard = Guard(
         optimizer, device, scaler,
         run_dir / "bad_steps.jsonl" if accelerator.is_main_process else None,
@@ -169,6 +166,7 @@ def main(arguments: list[str]) -> None:
     )
     arguments = model_arguments(module, task_list)
     readback = Readback(device)
+    losses_of = partial(tasks.logged_losses, task_list, reader.item_counts)
 
     def peak_share(step: int) -> float:
         return state.lr_factor * lr_multiplier(
@@ -176,10 +174,10 @@ def main(arguments: list[str]) -> None:
             options.schedule.final_fraction, **schedule_args,
         )
 
-    def objective(output, targets, item_counts, mix):
+    def objective(output, targets, item_counts, mix, *_):
         """The micro-batch's share of the step's loss, whole and by task."""
-        # Divided by the count of the whole global batch: sums add up over micro-batches and
-        # processes, means of means do not. A task without a target in this step adds 0.
+        # Divided by the count of the whole global batch: sums add up over all micro-batches, means
+        # of means do not. A task without a target in this step adds 0.
         shares = [
             task.losses(output, targets, mix).sum() * (task.weight / max(item_counts[task.name], 1))
             for task in task_list
@@ -201,10 +199,10 @@ def main(arguments: list[str]) -> None:
             inputs, targets, mix = augment(micro_batch.inputs, micro_batch.targets)
             with sums.no_sync(micro_batch.is_last):
                 output = model(inputs, **arguments(targets))
-                loss, shares = objective(output, targets, item_counts, mix)
+                loss, parts = objective(output, targets, item_counts, mix, inputs, micro_batch)
                 accelerator.backward(sums.scaled(loss, micro_batch.is_real))
             sums.add_gradients(micro_batch.is_real)
-            sums.add("loss", shares, micro_batch.is_real)
+            sums.add("loss", parts, micro_batch.is_real)
             batch_statistics.add_to(sums["batch_norm"], micro_batch.is_real)
         requests.add_to(sums["requests"])
         sums.reduce()
@@ -280,7 +278,7 @@ def main(arguments: list[str]) -> None:
             state.step - 1, lr, sums["loss"], grad_norm, sums["requests"], flush
         ):
             run_log.say(guard.observe(record, state))
-            run_log.training(record, task_list, reader.item_counts)
+            run_log.training(record, losses_of)
             requests.take(record.requests)
     # twin loop: end
 

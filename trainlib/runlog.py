@@ -83,15 +83,12 @@ class RunLog:
                 sys.stdout.flush()
 
     def training(
-        self, record: StepRecord, tasks: list[Task], item_counts: Callable[[int], dict[str, int]]
+        self, record: StepRecord, losses_of: Callable[[StepRecord], dict[str, float]]
     ) -> None:
         """Takes a step in, and records it when it is time.
 
-        The losses are means over its global batch, by task if there are several; of a task without
-        a target in it there is none.
-
         Args:
-            item_counts: from a step to the items of each task.
+            losses_of: the parts of a step's loss by the key under which they are logged.
         """
         if not self.is_main:
             return
@@ -101,14 +98,7 @@ class RunLog:
             return
         (last_step, last_time), self._last = self._last, (step, now)
         rate = (step - last_step) * self.samples_per_step / (now - last_time)
-        losses = {"train/loss": self._train_loss}
-        if len(tasks) > 1:
-            counts = item_counts(record.step)
-            losses |= {
-                f"train/{task.name}/loss": loss / task.weight if counts[task.name] else math.nan
-                for task, loss in zip(tasks, record.losses, strict=True)
-            }
-        self._write(step, losses | {
+        self._write(step, {"train/loss": self._train_loss} | losses_of(record) | {
             "train/lr": record.lr, "train/grad_norm": record.grad_norm,
             "speed/samples_per_second": rate, "memory/peak_gib": self._peak_gib(),
         })

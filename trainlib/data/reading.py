@@ -128,6 +128,8 @@ class MicroBatch(NamedTuple):
     """False for a repetition that keeps this process in step with the others, uncounted."""
     is_last: bool
     """Whether this process's next backward belongs to another step."""
+    samples: np.ndarray
+    """[samples] int64: which of the split's they are."""
     inputs: Tensor
     targets: dict[str, Tensor]
 
@@ -149,7 +151,7 @@ class Reader:
             name: int(counts[0]) * plan.global_size for name, counts in self.items.items()
             if (counts == counts[0]).all()
         }
-        self._block_number, self._block = -1, torch.empty(0)
+        self._block_number, self._block, self._on_device = -1, np.empty(0), torch.empty(0)
         self._stream: Iterator = iter(())
         self._next_step = -1
 
@@ -167,9 +169,10 @@ class Reader:
                            for name, stored in self.split.targets.items()}
                 batches.append((model_inputs(inputs.index_select(0, chosen)),
                                 self.split.task_targets(targets)))
-        last = len(self.assignments) - 1
+        last, drawn = len(self.assignments) - 1, self._drawn(step)
         return [
-            MicroBatch(assignment.micro_batch, assignment.is_real, index == last, *batch)
+            MicroBatch(assignment.micro_batch, assignment.is_real, index == last,
+                       drawn[assignment.slots], *batch)
             for index, (assignment, batch) in enumerate(zip(self.assignments, batches, strict=True))
         ]
 
@@ -184,13 +187,18 @@ class Reader:
         return {name: self._constant_counts.get(name) or int(counts[samples].sum())
                 for name, counts in self.items.items()}
 
-    def _samples(self, step: int) -> Tensor:
-        """[global_size] samples of a step on the device, planned and copied in blocks."""
+    def _drawn(self, step: int) -> np.ndarray:
+        """[global_size] samples of a step, planned in blocks."""
         number, offset = divmod(step, self.plan.steps_per_block)
         if number != self._block_number:
-            self._block = torch.from_numpy(self.plan.block(number)).to(self.device)
-            self._block_number = number
+            self._block, self._block_number = self.plan.block(number), number
+            self._on_device = torch.from_numpy(self._block).to(self.device)
         return self._block[offset]
+
+    def _samples(self, step: int) -> Tensor:
+        """The same on the device, where they were copied in blocks, too."""
+        self._drawn(step)
+        return self._on_device[step % self.plan.steps_per_block]
 
     def _from_stream(self, step: int) -> list[tuple[Tensor, dict[str, Tensor]]]:
         """The next step of a stream that decodes ahead; another step than the next restarts it."""

@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -20,9 +22,10 @@ from trainlib.user_code import describe_error
 
 if TYPE_CHECKING:
     from trainlib.data import TargetInfo
+    from trainlib.guard import StepRecord
 
 __all__ = [
-    "Task", "TaskOptions", "build_tasks", "default_monitor", "headline", "labels",
+    "Task", "TaskOptions", "build_tasks", "default_monitor", "headline", "labels", "logged_losses",
     "logged_metrics", "metric_names", "num_outputs", "resolve",
 ]
 
@@ -88,6 +91,23 @@ def labels(tasks: list[Task]) -> dict[str, list[str] | dict]:
         task.name: task.label_names if task.kind != "regression" else {
             "columns": task.label_names, "mean": list(task.mean), "deviation": list(task.deviation)}
         for task in tasks
+    }
+
+
+def logged_losses(
+    tasks: list[Task], item_counts: Callable[[int], dict[str, int]], record: StepRecord
+) -> dict[str, float]:
+    """``train/TASK/loss`` of a step, if there are several tasks: the mean over its items, if any.
+
+    Args:
+        item_counts: from a step to the items of each task.
+    """
+    if len(tasks) == 1:
+        return {}
+    counts = item_counts(record.step)
+    return {
+        f"train/{task.name}/loss": share / task.weight if counts[task.name] else math.nan
+        for task, share in zip(tasks, record.losses, strict=True)
     }
 
 
