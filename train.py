@@ -18,16 +18,16 @@ from pathlib import Path
 import torch
 from pydantic import Field
 
-from trainlib import data, lr_suggestion, lr_sweep, models, optim, plan, runtime, tasks
+from trainlib import data, models, optim, plan, runtime, tasks
 from trainlib.batchnorm import BatchStatistics
 from trainlib.checkpoint import CheckpointOptions, Checkpoints, undone
-from trainlib.config import Options, UserError, read, recipe_name, to_yaml
+from trainlib.config import Options, read, recipe_name, to_yaml
 from trainlib.data import BatchOptions, DataOptions
 from trainlib.ema import Ema
 from trainlib.evaluate import evaluate, inspect_step, model_arguments, try_model
 from trainlib.gradients import StepSums
 from trainlib.guard import Guard, Readback
-from trainlib.lr_report import swept_loss, write_report
+from trainlib.lr_report import auto_rate, swept_loss
 from trainlib.models import ModelOptions
 from trainlib.optim import OptimOptions, ScheduleOptions
 from trainlib.progress import LoopOptions, Progress, check_monitor, plan_steps
@@ -228,16 +228,10 @@ def main(arguments: list[str]) -> None:
     # ---- learning rate ----
     if options.optim.lr is None and state.peak_lr is None:
         with undone(module, optimizer, batch_statistics, ema, scaler):
-            swept = lr_sweep.drive(
-                swept_loss(train_step, sums, guard, requests), lr_sweep.sweep_rates(),
-                lr_sweep.StopRule(),
+            state.peak_lr = auto_rate(
+                swept_loss(train_step, sums, guard, requests), run_dir, run_log.say,
+                accelerator.is_main_process,
             )
-        suggestion = lr_suggestion.suggest(*swept)
-        if accelerator.is_main_process:
-            run_log.say(write_report(run_dir, [swept], suggestion, {}))
-        if suggestion.answer is None:
-            raise UserError(f"optim.lr: auto: {suggestion.verdict}; give a number")
-        state.peak_lr = suggestion.answer
     peak_lr = options.optim.lr or state.peak_lr
 
     # ---- loop ----

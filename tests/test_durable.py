@@ -25,6 +25,7 @@ from trainlib.durable import (
     remove_leftovers,
     sync_file,
     verify_folder,
+    write_bytes,
     write_folder,
     write_text,
 )
@@ -605,6 +606,13 @@ def test_a_text_is_replaced_and_a_link_is_not_written_through(tmp_path):
     with pytest.raises(FileNotFoundError):
         write_text(tmp_path / "missing" / "exit.json", "")
     assert sorted(os.listdir(tmp_path)) == ["exit.json", "link"]
+
+
+def test_bytes_are_replaced_as_they_are(tmp_path):
+    for content in (bytes(range(256)) * 5000, b"", b"\r\n"):
+        write_bytes(tmp_path / "part.safetensors", content)
+        assert (tmp_path / "part.safetensors").read_bytes() == content
+        assert os.listdir(tmp_path) == ["part.safetensors"]
 
 
 def test_two_threads_write_the_same_text_without_failing(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from distill import StudentOptions
 from lr_find import FindOptions
 from train import TrainOptions
 from trainlib import config
@@ -15,9 +16,12 @@ from trainlib import config
 ROOT = Path(__file__).resolve().parent.parent
 LEVEL_0 = {
     "config", "plan", "schedule", "losses", "metrics", "augment", "muon", "user_code", "agreement",
-    "durable", "lr_sweep", "lr_suggestion", "plots",
+    "durable", "lr_sweep", "lr_suggestion", "plots", "kd_losses",
 }
-SCRIPTS = {"train.py": (TrainOptions, 300), "lr_find.py": (FindOptions, 230)}
+SCRIPTS = {
+    "train.py": (TrainOptions, 300), "distill.py": (StudentOptions, 375),
+    "lr_find.py": (FindOptions, 230),
+}
 
 
 def modules() -> dict[str, list[Path]]:
@@ -87,6 +91,10 @@ def test_the_loop_and_the_step_are_in_the_script_and_fit_in_eighty_lines():
 
 def test_the_step_is_the_same_text_in_every_script():
     assert len({fenced(script, "twin step") for script in SCRIPTS}) == 1
+
+
+def test_the_loop_is_the_same_text_where_a_model_is_trained():
+    assert fenced("train.py", "twin loop") == fenced("distill.py", "twin loop")
 
 
 def test_the_readme_tree_is_the_tree():

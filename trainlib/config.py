@@ -184,15 +184,15 @@ def read(options_class: type[AnyOptions], arguments: Sequence[str], script: str)
     return options
 
 
-def recipe_name(arguments: Sequence[str]) -> str:
-    """The stem of the last ``--recipe`` on the command line, or ``default``."""
+def recipe_name(arguments: Sequence[str], otherwise: str = "default") -> str:
+    """The stem of the last ``--recipe`` on the command line, if there is one."""
     paths = []
     for position, word in enumerate(arguments):
         if word.startswith("--recipe="):
             paths.append(word.partition("=")[2])
         elif word == "--recipe" and position + 1 < len(arguments):
             paths.append(arguments[position + 1])
-    return Path(paths[-1]).stem if paths else "default"
+    return Path(paths[-1]).stem if paths else otherwise
 
 
 def is_first_process() -> bool:

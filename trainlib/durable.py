@@ -33,10 +33,15 @@ class Damaged(Exception):
 
 def write_text(path: Path, text: str) -> None:
     """Replaces a small file in one go: a reader or a crash meets the old text or the new."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replaces a file in one go: a reader or a crash meets the old content or the new."""
     # A watchdog thread may write the same file at the same time.
     temporary = _temporary(path, f".{threading.get_native_id()}")
     try:
-        temporary.write_bytes(text.encode())
+        temporary.write_bytes(content)
         _sync(temporary)
         os.replace(temporary, path)
     finally:

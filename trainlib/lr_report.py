@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import AfterValidator, Field
 
 from trainlib import durable, lr_suggestion, lr_sweep, plots
-from trainlib.config import Options, to_yaml
+from trainlib.config import Options, UserError, to_yaml
 from trainlib.lr_suggestion import Suggestion
 from trainlib.schedule import check_duration
 
@@ -56,6 +56,27 @@ def swept_loss(
         return loss if guard.healthy or not math.isfinite(loss) else None
 
     return loss_at
+
+
+def auto_rate(
+    loss_at: Callable[[int, float], float | None], run_dir: Path, say: Callable[[str], object],
+    is_main: bool,
+) -> float:
+    """Sweeps as lr_find.py does by default, and leaves its files; returns the answer.
+
+    Args:
+        loss_at: of ``swept_loss``.
+
+    Raises:
+        UserError: the sweep has no answer.
+    """
+    swept = lr_sweep.drive(loss_at, lr_sweep.sweep_rates(), lr_sweep.StopRule())
+    suggestion = lr_suggestion.suggest(*swept)
+    if is_main:
+        say(write_report(run_dir, [swept], suggestion, {}))
+    if suggestion.answer is None:
+        raise UserError(f"optim.lr: auto: {suggestion.verdict}; give a number")
+    return suggestion.answer
 
 
 def write_report(

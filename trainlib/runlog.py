@@ -124,6 +124,11 @@ class RunLog:
         self.say(f"step {step:>{len(str(self.total_steps))}}/{self.total_steps}  "
                  f"epoch {step * self.epochs_per_step:.2f}  {numbers}{'  best' if is_best else ''}")
 
+    def results(self, step: int, values: dict[str, float]) -> None:
+        """Records what is known of a run at its end."""
+        if self.is_main:
+            self._write(step, values)
+
     def summary(
         self, state: Progress, tasks: list[Task], monitor: str, patience: int | None
     ) -> None:

@@ -23,6 +23,7 @@ from trainlib.checkpoint.layout import (
     MODEL,
     OPTIMIZER,
     STATE,
+    TRAINING_ONLY,
     step_folder,
     step_folders,
 )
@@ -174,6 +175,8 @@ class Checkpoints:
         if not self.is_main:
             return
         parameters = {name for name, _ in module.named_parameters()}
+        tensors = {name: tensor for name, tensor in model_tensors(module).items()
+                   if not name.startswith(TRAINING_ONLY)}
         texts = {CONFIG: self.config, "labels.json": json.dumps(labels, indent=1) + "\n",
                  "evaluation.json": json.dumps(results, indent=1) + "\n"}
 
@@ -182,7 +185,7 @@ class Checkpoints:
             self._check_lock()
             durable.write_folder(self.run_dir / name, writers, with_manifest=False)
 
-        self._writer.submit(name, f"{name}/", {MODEL: model_tensors(module)}, write)
+        self._writer.submit(name, f"{name}/", {MODEL: tensors}, write)
 
     def wait(self) -> None:
         """Waits until this process has written what it was given."""

@@ -6,6 +6,8 @@ from pathlib import Path
 FORMAT = 1
 MODEL, OPTIMIZER, EMA = "model.safetensors", "optimizer.safetensors", "ema.safetensors"
 STATE, CONFIG = "state.json", "config.yaml"
+# Of a module by this name: what helps to train a model and is no part of it; not exported.
+TRAINING_ONLY = "training_only."
 _STEP = re.compile(r"step_([0-9]{8,})")
 
 

@@ -54,16 +54,20 @@ class GPT(nn.Module):
         """Recompute each block in the backward pass, or not."""
         self.recomputes = enable
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor | dict[str, Tensor]:
-        """Logits, or the losses where there are targets, for which no full logits are held.
+    def forward(
+        self, tokens: Tensor, targets: Tensor | None = None, hidden_only: bool = False
+    ) -> Tensor | dict[str, Tensor]:
+        """Logits, or what makes losses without ever holding all of them.
 
         Args:
             tokens: [batch, length] int64.
             targets: [batch, length] int64, -100 where nothing is predicted.
+            hidden_only: return what the logits are made of, and its matrix.
 
         Returns:
-            Without targets logits [batch, length, vocab_size], else ``losses``
-            [batch, length] fp32, in nats, 0 where nothing is predicted.
+            Logits [batch, length, vocab_size]; with targets ``losses`` [batch, length] fp32, in
+            nats, 0 where nothing is predicted; else ``hidden`` [batch, length, width] and ``head``
+            [vocab_size, width], whose product the logits are.
         """
         hidden = self.embedding(tokens)
         angles = rotary_angles(tokens.shape[1], self.head_width, tokens.device)
@@ -73,6 +77,8 @@ class GPT(nn.Module):
             else:
                 hidden = block(hidden, angles)
         hidden = self.norm(hidden)
+        if hidden_only:
+            return {"hidden": hidden, "head": self.embedding.weight}
         if targets is None:
             return functional.linear(hidden, self.embedding.weight)
         losses = token_losses(hidden.flatten(0, 1), self.embedding.weight, targets.flatten())

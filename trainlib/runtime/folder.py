@@ -148,6 +148,11 @@ class RunFolder:
         environment = json.dumps(describe_machine(accelerator), indent=1)
         durable.write_text(self.path / "environment.json", environment + "\n")
 
+    def write(self, name: str, content: dict[str, Any]) -> None:
+        """Writes a file of JSON into the folder."""
+        if self.is_main:
+            durable.write_text(self.path / name, json.dumps(content, indent=1) + "\n")
+
     def check_lock(self) -> None:
         """Ends the process at once if another run has taken the folder."""
         if self._lock is not None:

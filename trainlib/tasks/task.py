@@ -80,12 +80,13 @@ class Task:
         """
         target = targets[self.name]
         output, target = self.output(output, target), self.prepare(target)
-        losses = self._losses(output, target)
+        losses = self.entry_losses(output, target)
         return losses if mix is None else mix.blend(
-            losses, self._losses(output, target[mix.partner])
+            losses, self.entry_losses(output, target[mix.partner])
         )
 
-    def _losses(self, output: Tensor, target: Tensor) -> Tensor:
+    def entry_losses(self, output: Tensor, target: Tensor) -> Tensor:
+        """The losses of a picked output against a prepared target; those of missing ones are 0."""
         if self.loss_name:
             return self.loss(output, target)
         if not self.may_miss:

@@ -1,0 +1,361 @@
+"""Distil: train a student on what frozen teachers say, on any number of processes.
+
+    accelerate launch distill.py                          # the built-in job, and first its teacher
+    accelerate launch distill.py --recipe mine.yaml --distill.teachers '[runs/large, runs/larger]'
+    accelerate launch distill.py --recipe mine.yaml --distill.baseline    # and the student alone
+    python distill.py --help
+
+The loop is that of train.py, word for word; what differs is the objective above it. Every option
+is in --help; with --distill.kd_weight 0 the weights are those of train.py, bit for bit.
+"""
+
+import time
+from contextlib import nullcontext
+from functools import partial
+
+import torch
+from pydantic import Field
+
+from trainlib import data, distillation, models, optim, plan, runtime, tasks
+from trainlib.batchnorm import BatchStatistics
+from trainlib.checkpoint import CheckpointOptions, Checkpoints, undone
+from trainlib.config import Options, read, recipe_name, to_yaml
+from trainlib.data import BatchOptions, DataOptions
+from trainlib.distillation import DistillOptions
+from trainlib.ema import Ema
+from trainlib.evaluate import evaluate, inspect_step, model_arguments, try_model
+from trainlib.gradients import StepSums
+from trainlib.guard import Guard, Readback
+from trainlib.lr_report import auto_rate, swept_loss
+from trainlib.models import ModelOptions
+from trainlib.optim import OptimOptions, ScheduleOptions
+from trainlib.progress import LoopOptions, Progress, check_monitor, plan_steps
+from trainlib.runlog import LogOptions, RunLog
+from trainlib.schedule import duration_steps, is_time, lr_multiplier
+from trainlib.tasks import TaskOptions
+
+
+class StudentOptions(Options):
+    run_dir: str | None = None
+    """Folder of the run; none: runs/ and the recipe's name."""
+    seed: int = Field(0, ge=0, lt=2**63)
+    """Seed of the weights, the order of the samples and dropout."""
+    deterministic: bool = False
+    """Use only algorithms that give the same bits each time; GPUs get slower."""
+    cpu_threads: int = Field(1, ge=1, le=1024)
+    """Threads of each process on a CPU; like the micro size a part of the recipe, because they
+    change the order of sums. To use more cores, launch more processes."""
+    data: DataOptions = DataOptions()
+    model: ModelOptions = ModelOptions()
+    tasks: dict[str, TaskOptions] = {}
+    distill: DistillOptions = DistillOptions()
+    batch: BatchOptions = BatchOptions()
+    optim: OptimOptions = OptimOptions()
+    schedule: ScheduleOptions = ScheduleOptions()
+    loop: LoopOptions = LoopOptions()
+    checkpoint: CheckpointOptions = CheckpointOptions()
+    log: LogOptions = LogOptions()
+
+
+def main(arguments: list[str]) -> None:
+    """The teachers that are missing, the student alone if it is asked for, then the student."""
+    options = read(StudentOptions, arguments, __doc__)
+    run_dir = options.run_dir or f"runs/{recipe_name(arguments, 'distill')}"
+    distillation.run_jobs(
+        distillation.plan_jobs(options, run_dir), train_student, runtime.RunFolder
+    )
+
+
+def train_student(options: StudentOptions, folder: runtime.RunFolder) -> None:
+    # ---- machine ----
+    accelerator = runtime.make_accelerator(
+        options.log.trackers, options.deterministic, options.cpu_threads
+    )
+    device, world_size, batch = accelerator.device, accelerator.num_processes, options.batch
+
+    # ---- data and tasks ----
+    source = data.open_source(options.data)
+    task_options = tasks.resolve(options.tasks, source.target_candidates, source.columns)
+    dataset = data.load(source, options.data, task_options)
+    example, example_targets = dataset.example()
+    num_samples = len(dataset.train)
+    task_list = tasks.build_tasks(task_options, dataset.targets)
+    augment = data.build_augment(options.data.augment, example, task_options)
+    monitor = options.loop.monitor or tasks.default_monitor(task_list)
+    shown = tasks.headline(task_list)
+    lower_is_better = check_monitor(monitor, tasks.metric_names(task_list))
+    total_steps, eval_every, warmup_steps = plan_steps(
+        options.loop, options.schedule.warmup, num_samples, batch.global_size
+    )
+    rise_steps = duration_steps(
+        options.distill.warmup, num_samples, batch.global_size, total_steps
+    )
+    schedule_args, half_life_steps = optim.resolve_lengths(
+        options.schedule, options.optim, num_samples, batch.global_size, total_steps, warmup_steps
+    )
+
+    # ---- model and optimizer ----
+    model_options = models.complete(
+        options.model, tuple(example.shape[1:]), tasks.num_outputs(task_list), dataset.token_range,
+        dataset.pad_id,
+    )
+    torch.manual_seed(options.seed)
+    module = models.build_model(model_options, dataset.mean, dataset.deviation)
+    notes = models.start_weights(
+        module, options.model.init_from, options.model.freeze, options.model.allow_pickle
+    )
+    smallest = batch.global_size % batch.micro_size or batch.micro_size
+    some_targets = {name: target[:smallest] for name, target in example_targets.items()}
+    try_model(module, example[:smallest], some_targets, task_list)
+
+    # ---- teachers: beside the student, never wrapped; without a trace on its random numbers ----
+    distill = options.distill
+    distillation.check_cache(distill, options.data.augment)
+    teacher_list = distillation.build_teachers(
+        distill, options.data.tokenizer, module, dataset, task_list, models
+    )
+    features = distillation.FeatureLosses(module, teacher_list, distill, options.seed, example)
+    module.to(device)
+    optimizer = optim.build_optimizer(options.optim, module)
+    teachers = distillation.Teachers(teacher_list, task_list, distill, accelerator)
+    soft_losses = {task.name: distillation.SoftLoss(task, distill) for task in teachers.tasks}
+    parts = distillation.loss_parts(task_list, teachers.tasks, distill)
+
+    # ---- run folder: nothing is written before everything above has been accepted ----
+    run_dir = folder.path
+    config = to_yaml(options.model_copy(update={
+        "data": options.data.model_copy(update={"input": dataset.inputs}),
+        "model": model_options, "tasks": task_options,
+        "loop": options.loop.model_copy(update={"monitor": monitor}),
+    }))
+    labels = tasks.labels(task_list)
+    fingerprint = data.fingerprint(dataset)
+    folder.open(accelerator, config, fingerprint, options.checkpoint.steal_lock)
+    checkpoints = Checkpoints(
+        run_dir, accelerator, options.checkpoint, total_steps, num_samples,
+        {"seed": options.seed, "batch.global_size": batch.global_size,
+         "batch.micro_size": batch.micro_size, "data": fingerprint}, config,
+    )
+    start = checkpoints.find_start(module)
+    state = Progress(**start.progress)
+    folder.start(accelerator, config, state.step, start.log_sizes)
+    run_log = RunLog(
+        accelerator, run_dir, options.log, config, total_steps, batch.global_size, num_samples,
+        state.step,
+    )
+    checkpoints.open(run_log.say, folder.check_lock)
+    folder.at_exit = [checkpoints.wait, run_log.close]
+    idle = plan.idle_warning(batch.global_size, batch.micro_size, world_size)
+    for line in (dataset.description, *notes, models.parameter_table(module), idle, *folder.notes,
+                 *start.notes, *teachers.notes):
+        run_log.say(line)
+
+    # ---- the parts of a step ----
+    num_micro_batches = plan.num_micro_batches(batch.global_size, batch.micro_size)
+    model, prepared = accelerator.prepare(module, optimizer)
+    module = accelerator.unwrap_model(model, keep_torch_compile=False)
+    # After prepare, which puts other buffers into the module.
+    ema = Ema(module, half_life_steps) if half_life_steps else None
+    averaged = ema.applied if ema else nullcontext
+    optimizer = prepared.optimizer  # the wrapper costs a fifth of a small step and hides the scaler
+    scaler = accelerator.scaler
+    start.restore(accelerator, module, optimizer, ema)
+    teachers.follow(ema)
+    batch_statistics = BatchStatistics(module, num_micro_batches)
+    if options.model.compile:
+        module.compile(backend=options.model.compile, dynamic=False)  # all shapes are fixed
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    max_grad_norm = options.optim.max_grad_norm or float("inf")
+    max_grad_value = options.optim.max_grad_value
+    seed_generators = runtime.make_seeder(device)
+    assignments = plan.assign(
+        batch.global_size, batch.micro_size, accelerator.process_index, world_size
+    )
+    batch_plan = plan.BatchPlan(num_samples, batch.global_size, options.seed)
+    items = {task.name: task.items(dataset.train.num_valid[task.name]) for task in task_list} | {
+        distillation.kd_items(task): dataset.train.num_valid[task.name] for task in teachers.tasks}
+    reader = data.Reader(dataset.train, batch_plan, assignments, device, items)
+    validation = data.EvalReader(
+        dataset.validation, batch.eval_size, accelerator.process_index, world_size, device
+    )
+    if distill.cache is not None:
+        teachers.stored = distillation.StoredOutputs(
+            teachers, distill, dataset.train, fingerprint, batch.eval_size
+        )
+        teachers.stored.fill(accelerator.process_index, world_size, run_log.say)
+    exact_sum = batch.exact_sum if batch.exact_sum is not None else device.type == "cpu"
+    sizes = {"loss": len(parts), "batch_norm": batch_statistics.size,
+             "requests": runtime.Requests.NUM}
+    sums = StepSums(accelerator, model, sizes, exact_sum, len(assignments))
+    guard = Guard(
+        optimizer, device, scaler,
+        run_dir / "bad_steps.jsonl" if accelerator.is_main_process else None,
+        lambda step: inspect_step(module, reader, task_list, step),
+    )
+    arguments = distillation.student_arguments(
+        module, teachers, model_arguments(module, task_list)
+    )
+    readback = Readback(device)
+
+    def peak_share(step: int) -> float:
+        return state.lr_factor * lr_multiplier(
+            options.schedule.name, step, total_steps, warmup_steps,
+            options.schedule.final_fraction, **schedule_args,
+        )
+
+    def rise(step: int) -> float:
+        """The share of their weights that soft losses and features have, 1 after the warm-up."""
+        return min(1.0, (step + 1) / (rise_steps + 1))
+
+    def objective(output, targets, item_counts, mix, inputs, micro_batch):
+        """The micro-batch's share of the step's loss, whole and by part."""
+        taught, share = teachers.teach(inputs, targets, micro_batch.samples), rise(state.step)
+        hard, soft = [], []
+        for task in task_list:
+            count = max(item_counts[task.name], 1)
+            if task.name not in taught:
+                losses = task.losses(output, targets, mix)
+            else:
+                losses, soft_ones = soft_losses[task.name].losses(
+                    output, taught[task.name], targets, mix
+                )
+                taught_count = max(item_counts[distillation.kd_items(task)], 1)
+                soft.append(
+                    soft_ones.sum() * (distill.kd_weight * share * task.weight / taught_count)
+                )
+            hard.append(losses.sum() * (distill.hard_weight * task.weight / count))
+        for losses, weight in zip(features.losses(), features.weights, strict=True):
+            soft.append(losses.sum() * (weight * share / batch.global_size))
+        shares = hard + soft
+        return sum(shares[1:], start=shares[0]), shares
+
+    def compare():
+        """The best weights beside the teachers and the student alone: records, and lines."""
+        student = models.load_model(run_dir).to(device)
+        found = evaluate(
+            distillation.Both(teachers, student), validation,
+            [distillation.Comparison(task, teachers) for task in teachers.known], accelerator,
+        )
+        alone = distillation.results_alone(run_dir) if distill.baseline else None
+        report, records, lines = distillation.summarize(
+            monitor, tasks.logged_metrics(task_list, state.best_results),
+            tasks.logged_metrics(teachers.known, {n: one["teacher"] for n, one in found.items()}),
+            alone and tasks.logged_metrics(task_list, alone),
+            {name: one["agreement"] for name, one in found.items()},
+        )
+        folder.write("distillation.json", report)
+        return records, lines
+
+    losses_of = partial(distillation.logged_losses, parts, rise, reader.item_counts)
+
+    # From here on a signal is a request, which all processes meet at the same step.
+    requests = runtime.hold_signals(accelerator, checkpoints.every_seconds)
+
+    # twin step: begin
+    def train_step(step: int, lr: float) -> torch.Tensor:
+        """One update; its losses and requests stay in ``sums``. Returns the gradient's norm."""
+        optim.set_learning_rate(optimizer, lr)
+        item_counts = reader.item_counts(step)
+        sums.clear()
+        batch_statistics.begin()
+        for micro_batch in reader.take(step):
+            seed_generators(plan.forward_seed(options.seed, step, micro_batch.number))
+            inputs, targets, mix = augment(micro_batch.inputs, micro_batch.targets)
+            with sums.no_sync(micro_batch.is_last):
+                output = model(inputs, **arguments(targets))
+                loss, parts = objective(output, targets, item_counts, mix, inputs, micro_batch)
+                accelerator.backward(sums.scaled(loss, micro_batch.is_real))
+            sums.add_gradients(micro_batch.is_real)
+            sums.add("loss", parts, micro_batch.is_real)
+            batch_statistics.add_to(sums["batch_norm"], micro_batch.is_real)
+        requests.add_to(sums["requests"])
+        sums.reduce()
+        grad_norm = accelerator.clip_grad_norm_(parameters, max_grad_norm)
+        if max_grad_value is not None:
+            torch.nn.utils.clip_grad_value_(parameters, max_grad_value)
+        # For optimizers that draw: one key on all processes, of a micro-batch that is not there.
+        seed_generators(plan.forward_seed(options.seed, step, num_micro_batches))
+        if guard.allows(sums["loss"], grad_norm):
+            if scaler is None:
+                optimizer.step()
+            else:  # fp16: the gradients were unscaled before clipping
+                scaler.step(optimizer)
+        if scaler is not None:
+            scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        batch_statistics.finish(sums["batch_norm"], guard.healthy)
+        if ema is not None:
+            ema.update(step, guard.healthy)
+        return grad_norm
+    # twin step: end
+
+    # ---- learning rate ----
+    if options.optim.lr is None and state.peak_lr is None:
+        with undone(module, optimizer, batch_statistics, ema, scaler):
+            state.peak_lr = auto_rate(
+                swept_loss(train_step, sums, guard, requests), run_dir, run_log.say,
+                accelerator.is_main_process,
+            )
+    peak_lr = options.optim.lr or state.peak_lr
+
+    # ---- loop ----
+    # twin loop: begin
+    while True:
+        evaluates = is_time(state.step, eval_every, total_steps)
+        if evaluates and state.evaluated_step < state.step and not requests.stop:
+            started = time.perf_counter()
+            with averaged():
+                results = evaluate(module, validation, task_list, accelerator, requests.agree)
+                if results is None:  # asked to stop: it is done again after the resume
+                    continue
+                metrics = tasks.logged_metrics(task_list, results)
+                improved = state.observe(metrics[monitor], lower_is_better, results)
+                if improved:
+                    checkpoints.export("best", module, labels, results)
+            if options.schedule.name == "plateau":
+                state.reduce_on_plateau(
+                    metrics[monitor], lower_is_better,
+                    options.schedule.final_fraction, **schedule_args,
+                )
+            run_log.evaluation(state.step, metrics, shown, improved, time.perf_counter() - started)
+        is_over = state.is_over(total_steps, options.loop.patience)
+        if checkpoints.is_due(state.step, is_over or requests.stop or requests.save):
+            checkpoints.save(module, optimizer, ema, state)
+            requests.saved()
+        if is_over or requests.stop:
+            break
+
+        lr = peak_lr * peak_share(state.step)
+        grad_norm = train_step(state.step, lr)
+        state.step += 1
+        folder.step = state.step
+
+        flush = is_time(state.step, eval_every, total_steps)
+        flush = flush or checkpoints.is_due(state.step, False)
+        for record in readback.push(
+            state.step - 1, lr, sums["loss"], grad_norm, sums["requests"], flush
+        ):
+            run_log.say(guard.observe(record, state))
+            run_log.training(record, losses_of)
+            requests.take(record.requests)
+    # twin loop: end
+
+    # ---- end ----
+    lines = None
+    if is_over:
+        with averaged():
+            checkpoints.export("final", module, labels, state.results)
+    checkpoints.finish()
+    if is_over and teachers.known and state.best_results:
+        results, lines = compare()
+        run_log.results(state.step, results)
+    if not is_over:
+        raise runtime.Preempted(f"stopped by a signal at step {state.step} of {total_steps}: all "
+                                "is saved; run the same command again to go on")
+    run_log.close()
+    run_log.summary(state, task_list, monitor, options.loop.patience)
+    run_log.say(lines)
+
+
+if __name__ == "__main__":
+    runtime.run(main)

@@ -1,0 +1,83 @@
+"""The runs that a distillation consists of, one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from trainlib.config import Options, UserError, read
+from trainlib.distillation.options import TeacherOptions
+
+ROOT = Path(__file__).resolve().parents[2]
+_DEFAULT = TeacherOptions(run="runs/digits_resnet",
+                          recipe=str(Path("recipes") / "digits_resnet.yaml"))
+_ALONE = {"teachers": [], "kd_weight": 0.0, "hard_weight": 1.0, "features": {}, "cache": None,
+          "cache_top_k": None, "baseline": False}
+
+
+def plan_jobs(options: Options, run_dir: str) -> list[Options]:
+    """The teachers that are missing, the student alone if it is asked for, and the student.
+
+    Args:
+        options: of distill.py.
+        run_dir: of the student.
+
+    Raises:
+        UserError: no teacher, or the mistakes of a teacher's recipe.
+    """
+    chosen = options.distill
+    if chosen.teaches and chosen.teachers is None:
+        if options.data.source != "builtin:digits":
+            raise UserError("distill.teachers: none given; name the folder of a run, as in "
+                            "--distill.teachers '[runs/large]', or set --distill.kd_weight 0")
+        chosen = chosen.model_copy(update={"teachers": [_DEFAULT]})
+    student = options.model_copy(update={"run_dir": run_dir, "distill": chosen})
+    jobs = [_teacher_job(student, teacher) for teacher in chosen.teachers or []
+            if teacher.recipe is not None and not (Path(teacher.run) / "final").exists()]
+    if chosen.baseline:
+        jobs.append(student.model_copy(update={
+            "run_dir": alone_dir(run_dir), "distill": chosen.model_copy(update=_ALONE)}))
+    return [*jobs, student]
+
+
+def alone_dir(run_dir: str | Path) -> str:
+    """Where the same student is trained without teachers."""
+    return f"{run_dir}_alone"
+
+
+def _teacher_job(student: Options, teacher: TeacherOptions) -> Options:
+    recipe = Path(teacher.recipe)
+    recipe = recipe if recipe.exists() else ROOT / recipe
+    flags = ["--recipe", str(recipe), "--run_dir", teacher.run, "--distill.kd_weight", "0"]
+    try:
+        job = read(type(student), flags, "")
+    except UserError as error:
+        raise UserError(f"distill.teachers: {teacher.run}: {error}") from error
+    changes = {name: getattr(student, name) for name in ("log", "deterministic", "cpu_threads")}
+    return job.model_copy(update=changes)
+
+
+def run_jobs(
+    jobs: list[Options], train: Callable[[Options, object], None], run_folder: type
+) -> None:
+    """Trains one after the other; what had finished before is passed over.
+
+    Args:
+        train: takes the options of a job and its run folder.
+        run_folder: makes the folder of a run of its path.
+    """
+    last = jobs[-1]
+    for job in jobs[:-1]:
+        folder = run_folder(Path(job.run_dir))
+        try:
+            train(job, folder)
+        except SystemExit as end:
+            if end.code != 0:
+                raise
+        except Exception as error:
+            if getattr(error, "exit_code", None) is not None:
+                folder.close(error.exit_code, str(error))
+                run_folder(Path(last.run_dir))  # where a launcher looks for the exit code
+            raise
+        folder.close(0, "finished")
+    train(last, run_folder(Path(last.run_dir)))

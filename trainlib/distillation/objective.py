@@ -1,0 +1,158 @@
+"""The soft loss of each kind of task: what a teacher's outputs ask of the student's.
+
+Items without a target do not count, for either loss: they have one divisor, which is known before
+the first backward. Whole batches of logits over a vocabulary are never held: tokens are taken in
+chunks, whose logits are made again in the backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from trainlib import kd_losses
+from trainlib.config import UserError
+from trainlib.distillation.options import TERMS, DistillOptions, TermOptions
+from trainlib.losses import is_valid
+
+if TYPE_CHECKING:
+    from trainlib.augment import Mix
+    from trainlib.tasks import Task
+
+TOKENS_AT_A_TIME = 256
+_FIT = {
+    "classification": tuple(kd_losses.CLASS_TERMS),
+    "segmentation": tuple(name for name in kd_losses.CLASS_TERMS if name != "dist"),
+    "language_modeling": tuple(name for name in kd_losses.CLASS_TERMS if name != "dist"),
+    "multilabel": tuple(kd_losses.BINARY_TERMS),
+    "regression": tuple(kd_losses.NUMBER_TERMS),
+}
+
+
+class TopK(NamedTuple):
+    """A teacher's outputs cut down to the most probable classes."""
+
+    log_probs: Tensor
+    """[items, k, ...]"""
+    indices: Tensor
+    """[items, k, ...] int64."""
+    tail_log_prob: Tensor
+    """[items, ...]"""
+
+
+class Hidden(NamedTuple):
+    """Teachers whose logits are made chunk by chunk: by teacher, hidden states and matrix."""
+
+    hidden: list[Tensor]
+    """[batch, tokens, width] each."""
+    heads: list[Tensor]
+    """[vocab_size, width] each."""
+    average: Callable[[list[Tensor]], Tensor]
+    """From logits [tokens, vocab_size] by teacher to those of all."""
+
+
+class SoftLoss:
+    """The losses of one task: against its targets, and against the teachers' outputs."""
+
+    def __init__(self, task: Task, options: DistillOptions):
+        """
+        Raises:
+            UserError: a soft loss that is not for this kind of task.
+        """
+        self.task, self.temperature = task, options.temperature
+        chosen = options.tasks.get(task.name, TermOptions())
+        chosen = chosen if chosen.loss is not None else options
+        kind = "multilabel" if getattr(task, "is_binary", False) else task.kind
+        where = f"distill.tasks.{task.name}.loss" if chosen is not options else "distill.loss"
+        self.name = chosen.loss or _FIT[kind][0]
+        if self.name not in _FIT[kind]:
+            raise UserError(f"{where}: {self.name} is not for {task.kind}, task {task.name!r}; use "
+                            f"{' or '.join(_FIT[kind])}, by distill.tasks.{task.name}.loss")
+        if options.cache_top_k is not None and self.name != "kl":
+            raise UserError(f"distill.cache_top_k: keeps what kl needs, task {task.name!r} has "
+                            f"{self.name}; use kl, or leave out cache_top_k")
+        term = partial(TERMS[self.name], temperature=options.temperature, **chosen.loss_args)
+        if options.standardize:
+            if kind in ("multilabel", "regression"):
+                raise UserError(f"distill.standardize: is over classes, task {task.name!r} has "
+                                "none; leave it out")
+            term = partial(_standardized, term)
+        self.term = term
+
+    def losses(
+        self, output: Any, taught: Any, targets: dict[str, Tensor], mix: Mix | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Both losses, unreduced, in fp32; those of missing targets are 0.
+
+        Args:
+            output: of the student.
+            taught: the teachers' output in the form that the task's loss takes, a ``TopK``, or
+                ``Hidden`` where the student gives its hidden states, too.
+        """
+        task, target = self.task, targets[self.task.name]
+        if task.kind == "language_modeling":
+            return self._token_losses(output, taught, target)
+        hard, student = task.losses(output, targets, mix), task.output(output, target)
+        target = task.prepare(target)
+        soft = self._soft(student, taught, target)
+        if mix is not None:  # each of the two targets has its share, as of the hard loss
+            soft = mix.blend(soft, self._soft(student, taught, target[mix.partner]))
+        return hard, soft
+
+    def _soft(self, student: Tensor, taught: Tensor | TopK, target: Tensor) -> Tensor:
+        if isinstance(taught, TopK):
+            soft = kd_losses.top_k_kl(student, *taught, temperature=self.temperature)
+        else:
+            soft = self.term(student, taught, target)
+        return soft.where(is_valid(target), 0)
+
+    def _token_losses(self, output: Any, taught: Any, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Chunk by chunk; [batch, tokens] each."""
+        target_rows = target.flatten()
+        if isinstance(output, Mapping) and "hidden" in output:
+            hidden, head = output["hidden"].flatten(0, 1), output["head"]
+        else:  # the net gives logits only: at least the rest is done in chunks
+            hidden, head = self.task.pick(output).flatten(0, 1), None
+        if isinstance(taught, Hidden):
+            taught = taught._replace(hidden=[one.flatten(0, 1) for one in taught.hidden])
+        hard, soft = [], []
+        for start in range(0, len(target_rows), TOKENS_AT_A_TIME):
+            rows = slice(start, start + TOKENS_AT_A_TIME)
+            of_chunk = checkpoint(
+                self._chunk_losses, hidden[rows], head, _rows_of(taught, rows), target_rows[rows],
+                use_reentrant=False, preserve_rng_state=False,
+            )
+            hard.append(of_chunk[0])
+            soft.append(of_chunk[1])
+        return torch.cat(hard).view_as(target), torch.cat(soft).view_as(target)
+
+    def _chunk_losses(
+        self, hidden: Tensor, head: Tensor | None, taught: Any, target: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        student = hidden if head is None else functional.linear(hidden, head)
+        if isinstance(taught, Hidden):
+            with torch.no_grad():
+                taught = taught.average([functional.linear(*each) for each in
+                                         zip(taught.hidden, taught.heads, strict=True)])
+        return self.task.entry_losses(student, target), self._soft(student, taught, target)
+
+
+def _rows_of(taught: Any, rows: slice) -> Any:
+    """The same for some tokens."""
+    if isinstance(taught, Hidden):
+        return taught._replace(hidden=[one[rows] for one in taught.hidden])
+    if isinstance(taught, TopK):
+        return TopK(*(part[rows] for part in taught))
+    return taught[rows]
+
+
+def _standardized(
+    term: Callable[..., Tensor], student: Tensor, teacher: Tensor, target: Tensor
+) -> Tensor:
+    return term(kd_losses.standardize(student), kd_losses.standardize(teacher), target)
