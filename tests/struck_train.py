@@ -1,6 +1,6 @@
 """train.py, struck by a signal at a named point; the environment says by which, where and when.
 
-    STRIKE="SIGKILL step 37" python tests/struck_train.py --run_dir ...
+    STRIKE="SIGKILL step 37" [SCRIPT=distill] python tests/struck_train.py --run_dir ...
 
 Points: ``start`` (data are being loaded), ``step N`` (at the beginning of step N), ``evaluation N``
 (at the process's N-th batch of evaluation), ``save N`` (at the N-th file-system operation of
@@ -10,6 +10,7 @@ been forked; the run itself is not struck). ``rank 1`` at the end strikes that p
 moment is written to RUN_DIR.struck.
 """
 
+import importlib
 import itertools
 import os
 import signal
@@ -19,7 +20,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import train  # noqa: E402
 from trainlib import data, durable, runtime  # noqa: E402
 from trainlib.checkpoint import Checkpoints  # noqa: E402
 
@@ -85,7 +85,7 @@ def main() -> None:
         before(os, "replace", lambda *args: next(texts) == NUMBER)
     if point == "final":
         before(Checkpoints, "export", lambda self, name, *args: name == "final")
-    runtime.run(train.main)
+    runtime.run(importlib.import_module(os.environ.get("SCRIPT", "train")).main)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ LEVEL_0 = {
     "durable", "lr_sweep", "lr_suggestion", "plots", "kd_losses",
 }
 SCRIPTS = {
-    "train.py": (TrainOptions, 300), "distill.py": (StudentOptions, 375),
+    "train.py": (TrainOptions, 300), "distill.py": (StudentOptions, 365),
     "lr_find.py": (FindOptions, 230),
 }
 

@@ -1,8 +1,8 @@
 """A student's training on the outputs of frozen teachers.
 
-``options`` say what is wanted, ``jobs`` in which order runs are made. ``teachers`` holds the frozen
-nets, ``stored`` and ``cache`` their outputs on disk, ``objective`` the soft losses, ``features``
-the losses of inner features, ``comparison`` and ``report`` what has come of it.
+``options`` say what is wanted, ``jobs`` in which order runs are made. ``teacher`` and ``teachers``
+are the frozen nets, ``stored`` and ``cache`` their outputs on disk, ``objective`` the soft losses,
+``features`` the losses of inner features, ``comparison`` and ``report`` what has come of it.
 """
 
 from trainlib.distillation.comparison import Both, Comparison
@@ -18,7 +18,8 @@ from trainlib.distillation.report import (
     summarize,
 )
 from trainlib.distillation.stored import StoredOutputs, check_cache
-from trainlib.distillation.teachers import Teachers, build_teachers, student_arguments
+from trainlib.distillation.teacher import build_teachers
+from trainlib.distillation.teachers import Teachers, student_arguments
 
 __all__ = [
     "Both", "Comparison", "DistillOptions", "FeatureLosses", "SoftLoss", "StoredOutputs",

@@ -20,7 +20,7 @@ from trainlib.kd_losses import FEATURE_TERMS
 
 if TYPE_CHECKING:
     from trainlib.distillation.options import DistillOptions
-    from trainlib.distillation.teachers import Teacher
+    from trainlib.distillation.teacher import Teacher
 
 TRAINING_ONLY = "training_only"
 _NEEDS_WIDTH = ("mse", "cosine")

@@ -74,8 +74,8 @@ def run_jobs(
         except SystemExit as end:
             if end.code != 0:
                 raise
-        except Exception as error:
-            if getattr(error, "exit_code", None) is not None:
+        except BaseException as error:  # a signal's, too
+            if hasattr(error, "exit_code"):
                 folder.close(error.exit_code, str(error))
                 run_folder(Path(last.run_dir))  # where a launcher looks for the exit code
             raise

@@ -84,6 +84,11 @@ class SoftLoss:
                                 "none; leave it out")
             term = partial(_standardized, term)
         self.term = term
+        try:
+            blank = task.blank_output()
+            self.term(blank, blank, task.prepare(task.blank_target()))
+        except ValueError as error:
+            raise UserError(f"{where}_args: {error}") from error
 
     def losses(
         self, output: Any, taught: Any, targets: dict[str, Tensor], mix: Mix | None = None
