@@ -23,9 +23,12 @@ def plan_jobs(options: Options, run_dir: str) -> list[Options]:
         run_dir: of the student.
 
     Raises:
-        UserError: no teacher, or the mistakes of a teacher's recipe.
+        UserError: no teacher, an average that is not made, or the mistakes of a teacher's recipe.
     """
     chosen = options.distill
+    if options.optim.ema_half_life is None and any(one.ema for one in chosen.teachers or []):
+        raise UserError("distill.teachers: ema is the average of the student's weights; set "
+                        "optim.ema_half_life, which makes one")
     if chosen.teaches and chosen.teachers is None:
         if options.data.source != "builtin:digits":
             raise UserError("distill.teachers: none given; name the folder of a run, as in "

@@ -65,17 +65,10 @@ class Teachers:
             teacher.to(accelerator.device)
 
     def follow(self, ema: Ema | None) -> None:
-        """Makes copies of the student hold its averaged weights, now and after every step.
-
-        Raises:
-            UserError: there is no average.
-        """
+        """Makes copies of the student hold its averaged weights, now and after every step."""
         for teacher in self.teachers:
-            if not teacher.options.ema:
+            if not teacher.options.ema or ema is None:
                 continue
-            if ema is None:
-                raise UserError("distill.teachers: ema is the average of the student's weights; "
-                                "set optim.ema_half_life, which makes one")
             named = dict(teacher.module.named_parameters()) | dict(teacher.module.named_buffers())
             for name, tensor in named.items():
                 if name in ema.averages:
