@@ -16,6 +16,7 @@ from torch import nn
 
 from trainlib.config import UserError, nearest
 from trainlib.models.gpt import GPT
+from trainlib.models.headless import offer_hidden
 from trainlib.models.mlp import MLP
 from trainlib.models.resnet import ResNet
 from trainlib.models.unet import UNet
@@ -254,6 +255,8 @@ def build(name: str, args: dict[str, Any]) -> Any:
         takes = inspect.signature(model.forward).parameters
         if "attention_mask" in takes and rest not in _LANGUAGE_MODELS:
             model.register_forward_pre_hook(_mask_padding, with_kwargs=True)
+        if rest in _LANGUAGE_MODELS:
+            offer_hidden(model)
         return model
     function = BUILTIN[name] if name in BUILTIN else import_object(name)
     return function(**args)
