@@ -311,7 +311,7 @@ def test_recipes_train(tmp_path, recipe, monkeypatch):
     if recipe.stem == "tinyshakespeare_gpt":
         (tmp_path / "verse.txt").write_text("To be, or not to be, that is the question:\n" * 200)
         sources = {"source": "verse.txt"}
-    if recipe.stem == "cifar10_resnet":
+    if recipe.stem.startswith("cifar10"):
         sources = {"source": "cifar10-train.parquet", "validation_split": "cifar10-test.parquet"}
         for name in sources.values():
             file = ROOT.parent / "shared" / "data" / name
@@ -322,5 +322,12 @@ def test_recipes_train(tmp_path, recipe, monkeypatch):
             some = datasets.Dataset.from_parquet(str(file)).select(range(256))
             some.to_parquet(str(tmp_path / name))
     flags = [f"--data.{option}={tmp_path / name}" for option, name in sources.items()]
-    run = train(tmp_path / "run", "--recipe", str(recipe), "--loop.duration", "5 steps", *flags)
+    script, options = "train.py", yaml.safe_load(recipe.read_text())
+    if "distill" in options:
+        [teacher] = options["distill"]["teachers"]
+        train(tmp_path / "teacher", "--recipe", teacher["recipe"], "--loop.duration", "5 steps",
+              *flags)
+        script, flags = "distill.py", [*flags, f"--distill.teachers=[{tmp_path / 'teacher'}]"]
+    run = train(tmp_path / "run", "--recipe", str(recipe), "--loop.duration", "5 steps", *flags,
+                script=script)
     assert yaml.safe_load((run / "config.yaml").read_text())["data"]["source"]

@@ -147,7 +147,8 @@ class Teacher:
             if task.name in self.names:
                 found = part_of(output, self.names[task.name])
                 try:
-                    task.check_output({task.name: found}, targets, [task.name])
+                    named = {task.name: found} if isinstance(found, Tensor) else found
+                    task.check_output(named, targets, [task.name])
                 except UserError as error:
                     raise UserError(f"{self.where}: {error}") from error
 
