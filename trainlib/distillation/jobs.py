@@ -36,7 +36,8 @@ def plan_jobs(options: Options, run_dir: str) -> list[Options]:
         chosen = chosen.model_copy(update={"teachers": [_DEFAULT]})
     student = options.model_copy(update={"run_dir": run_dir, "distill": chosen})
     jobs = [_teacher_job(student, teacher) for teacher in chosen.teachers or []
-            if teacher.recipe is not None and not (Path(teacher.run) / "final").exists()]
+            if chosen.teaches and teacher.recipe is not None
+            and not (Path(teacher.run) / "final").exists()]
     if chosen.baseline:
         jobs.append(student.model_copy(update={
             "run_dir": alone_dir(run_dir), "distill": chosen.model_copy(update=_ALONE)}))
