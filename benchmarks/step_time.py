@@ -4,8 +4,8 @@
 
 Both sides have the same model, fused AdamW, clipping, indexing, learning rate and batch of 64 in
 one micro-batch, on one thread. They alternate in one process, each going first every other round;
-the figure is the median over the rounds of the ratio. The fence is read out of train.py, not
-copied.
+the figure is the median over the rounds of the ratio. The fence and the objective are read out of
+train.py, not copied.
 """
 
 import argparse
@@ -13,7 +13,6 @@ import ast
 import os
 import statistics
 import sys
-import textwrap
 import time
 from pathlib import Path
 
@@ -41,11 +40,12 @@ MODELS = {
 }
 
 
-def fenced_step() -> list[ast.stmt]:
-    """The statements of train.py's own ``train_step``, up to its return."""
-    text = (ROOT / "train.py").read_text(encoding="utf-8")
-    step = text.split("# twin step: begin\n")[1].split("    # twin step: end")[0]
-    return ast.parse(textwrap.dedent(step)).body[0].body[1:-1]
+def script_function(script: str, name: str) -> ast.FunctionDef:
+    """A function that a script defines, however deep inside, as it stands there."""
+    tree = ast.parse((ROOT / script).read_text(encoding="utf-8"))
+    [found] = (node for node in ast.walk(tree)
+               if isinstance(node, ast.FunctionDef) and node.name == name)
+    return found
 
 
 def build(model_options: models.ModelOptions, dataset: data.Dataset):
@@ -105,19 +105,15 @@ def fence_steps(model_options: models.ModelOptions, dataset: data.Dataset):
         "            guard.observe(record, state)\n"
         "            requests.take(record.requests)\n"
     )
-    source.body[0].body[0].body[2:3] = fenced_step()
-
-    def objective(output, targets, item_counts, mix):
-        shares = [t.losses(output, targets, mix).sum() * (t.weight / max(item_counts[t.name], 1))
-                  for t in task_list]
-        return sum(shares[1:], start=shares[0]), shares
-
+    # Without its docstring and its return.
+    source.body[0].body[0].body[2:3] = script_function("train.py", "train_step").body[1:-1]
+    source.body.append(script_function("train.py", "objective"))
     names = {
         "optimizer": prepared.optimizer, "scaler": None, "state": Progress(), "model": model,
         "requests": requests, "accelerator": accelerator, "options": options, "batch": batch,
         "sums": sums,
         "batch_statistics": batch_statistics, "plan": plan,
-        "optim": optim, "objective": objective, "parameters": list(model.parameters()),
+        "optim": optim, "task_list": task_list, "parameters": list(model.parameters()),
         "max_grad_norm": 1.0, "max_grad_value": None, "num_micro_batches": 1,
         "augment": Augment(), "ema": None,
         "seed_generators": runtime.make_seeder(accelerator.device),
