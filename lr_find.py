@@ -27,7 +27,7 @@ from trainlib.guard import Guard
 from trainlib.lr_report import SweepOptions, swept_loss, write_report
 from trainlib.models import ModelOptions
 from trainlib.optim import OptimOptions, ScheduleOptions
-from trainlib.progress import LoopOptions
+from trainlib.progress import LoopOptions, plan_steps
 from trainlib.runlog import LogOptions
 from trainlib.schedule import duration_steps, lr_multiplier
 from trainlib.tasks import TaskOptions
@@ -65,9 +65,7 @@ def main(arguments: list[str]) -> None:
     except ValueError as error:
         raise UserError(f"sweep: {error}") from error
     run_dir = Path(options.run_dir or f"runs/{recipe_name(arguments)}")
-    if (run_dir / "final").exists():
-        raise UserError(f"run_dir: {run_dir} holds a run that has finished; choose another "
-                        "--run_dir for the sweep")
+    runtime.RunFolder(run_dir).check_free()
     accelerator = runtime.make_accelerator([], options.deterministic, options.cpu_threads)
     device, world_size = accelerator.device, accelerator.num_processes
 
@@ -77,6 +75,12 @@ def main(arguments: list[str]) -> None:
     dataset = data.load(source, options.data, task_options)
     example, example_targets = dataset.example()
     num_samples = len(dataset.train)
+    total_steps, _, _ = plan_steps(
+        options.loop, options.schedule.warmup, num_samples, batch.global_size
+    )
+    verify_steps = None if sweep.verify is None else max(1, duration_steps(
+        sweep.verify, num_samples, batch.global_size, total_steps
+    ))
     task_list = tasks.build_tasks(task_options, dataset.targets)
     augment = data.build_augment(options.data.augment, example, task_options)
 
@@ -185,7 +189,9 @@ def main(arguments: list[str]) -> None:
         """The evaluation loss of a short run from the start: a tenth of warm-up, then a cosine."""
         with undone(module, optimizer, batch_statistics, ema, scaler):
             for step in range(steps):
-                loss_at(step, peak * lr_multiplier("cosine", step, steps, steps // 10, 0.0))
+                lr = peak * lr_multiplier("cosine", step, steps, steps // 10, 0.0)
+                if loss_at(step, lr) is None and scaler is None:  # which a run would not survive
+                    return math.inf
             results = evaluate(module, validation, task_list, accelerator, requests.agree)
         requests.leave_if_stopped()
         loss = tasks.logged_metrics(task_list, results)["eval/loss"]
@@ -193,27 +199,30 @@ def main(arguments: list[str]) -> None:
 
     # ---- sweep ----
     runs = []
-    for seed in range(first_seed, first_seed + sweep.repeats):
+    for seed in reversed(range(first_seed, first_seed + sweep.repeats)):  # the first one last
         options = recipe.model_copy(update={"seed": seed})
         batch_plan = plan.BatchPlan(num_samples, batch.global_size, seed)
         reader = data.Reader(dataset.train, batch_plan, assignments, device, items)
         with undone(module, optimizer, batch_statistics, ema, scaler):
             if seed != first_seed:
                 module.load_state_dict(build_module(seed).state_dict())
-            runs.append(lr_sweep.drive(loss_at, rates, lr_sweep.StopRule(len(rates))))
+            runs.insert(0, lr_sweep.drive(loss_at, rates, lr_sweep.StopRule(len(rates))))
     _, suggestion = lr_suggestion.combine(runs)
     verified = {}
-    if sweep.verify is not None and suggestion.answer is not None:
-        length = duration_steps(options.loop.duration, num_samples, batch.global_size)
-        steps = max(1, duration_steps(sweep.verify, num_samples, batch.global_size, length))
-        factors = [0.1, 0.3, 1.0, 3.0]
-        while factors:
-            lr = suggestion.answer * factors.pop(0)
-            verified[lr] = loss_after(lr, steps)
-            is_edge = min(verified, key=verified.get) == lr  # the best may lie further on
-            factors += [3 * lr / suggestion.answer] if not factors and is_edge else []
+    if verify_steps is not None and suggestion.answer is not None:
+        tried = [0.1, 0.3, 1.0, 3.0]
+        while tried:
+            lr = suggestion.answer * tried.pop(0)
+            verified[lr] = loss_after(lr, verify_steps)
+            # The best may lie beyond either end, but not outside the sweep.
+            best, ends = min(verified, key=verified.get), (min(verified), max(verified))
+            if not tried and best in ends:
+                further = best * (0.3 if best == ends[0] else 3)
+                tried += [further / suggestion.answer] * (rates[0] <= further <= rates[-1])
     if accelerator.is_main_process:
         print(write_report(run_dir, runs, suggestion, verified, recipe if recipe.apply else None))
+    if recipe.apply and suggestion.answer is None:
+        raise UserError("apply: the sweep has no answer, so no recipe was written")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ def test_with_no_arguments_it_sweeps_the_default_job_and_writes_its_answer(tmp_p
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
         "lr_find.json", "lr_find.csv", "lr_find.png", "lr_find.yaml"}
     assert 1e-3 < found["suggestion"] < 2e-2  # where the default job learns best, by its grid
-    assert found["suggestion"] == found["suggestions"]["edge"]
+    assert found["suggestion"] == float(f"{found['suggestions']['edge']:.2g}")
     assert found["doubt"] == max(found["suggestions"].values()) / min(found["suggestions"].values())
     assert f"train with --optim.lr {found['suggestion']:.2g}" in output
     assert found["verdict"] in output
@@ -47,9 +47,10 @@ def test_with_no_arguments_it_sweeps_the_default_job_and_writes_its_answer(tmp_p
     # The recipe is the one that was swept, with the rate; and the folder is free for the run.
     applied = config.read(
         script.TrainOptions, ["--recipe", str(tmp_path / "run" / "lr_find.yaml")], "")
-    rate = float(f"{found['suggestion']:.2g}")
-    assert applied == script.TrainOptions(optim=OptimOptions(lr=rate))
-    train(tmp_path / "run", "--loop.duration", "5 steps")
+    run_dir, optim = str(tmp_path / "run"), OptimOptions(lr=found["suggestion"])
+    assert applied == script.TrainOptions(run_dir=run_dir, optim=optim)
+    train(tmp_path / "run", "--recipe", str(tmp_path / "run" / "lr_find.yaml"),
+          "--loop.duration", "5 steps")
 
 
 def test_the_same_curve_and_answer_on_any_number_of_processes(tmp_path):
@@ -113,17 +114,63 @@ def test_bad_input_is_refused_before_anything_is_written(tmp_path, monkeypatch, 
 def test_a_finished_run_is_not_swept(tmp_path):
     run = train(tmp_path / "run", "--loop.duration", "3 steps")
     result = fork(["--run_dir", str(run)], script="lr_find.py")
-    assert result.returncode == 2 and "holds a run that has finished" in result.stderr
+    assert result.returncode == 2 and "holds a run or other files" in result.stderr
     assert not (run / "lr_find.json").exists()
 
 
 def test_where_there_is_no_answer_it_says_why_and_makes_none_up(tmp_path):
     found, output = find(tmp_path / "high", "--sweep.lr_min", "1e3", "--sweep.lr_max", "1e5")
-    assert found["suggestion"] is None and "sweep.lr_min" in found["verdict"]
+    assert found["suggestion"] is None and "rates from 1 to 1e+05" in found["verdict"]
     assert "no rate is suggested" in output
     found, output = find(tmp_path / "low", "--sweep.lr_min", "1e-12", "--sweep.lr_max", "1e-9")
     assert found["suggestion"] is None and "never falls by more than its noise" in output
     assert found["suggestions"] == dict.fromkeys(METHODS)
+
+
+NAN_LOSS = "def loss(output, target):\n    return output.sum(1) * float('nan')\n"
+
+
+def test_a_loss_that_is_not_finite_from_the_start_is_said_and_drawn(tmp_path):
+    (tmp_path / "own.py").write_text(NAN_LOSS)
+    found, output = find(tmp_path / "run", f"--tasks.digit.loss={tmp_path}/own.py:loss")
+    assert found["suggestion"] is None and "not finite before the first update" in output
+    assert (tmp_path / "run" / "lr_find.png").exists()
+
+
+def test_apply_without_an_answer_leaves_no_recipe_of_an_earlier_sweep(tmp_path):
+    find(tmp_path / "run", *SHORT, "--apply")
+    assert (tmp_path / "run" / "lr_find.yaml").exists()
+    result = fork(["--run_dir", str(tmp_path / "run"), "--sweep.lr_min", "1e-12", "--sweep.lr_max",
+                   "1e-9", "--apply"], script="lr_find.py")
+    assert result.returncode == 2 and "no recipe was written" in result.stderr
+    assert not (tmp_path / "run" / "lr_find.yaml").exists()
+
+
+def test_an_auto_run_without_an_answer_goes_on_with_the_number_it_asks_for(tmp_path):
+    run = ["--run_dir", str(tmp_path / "run"), "--log.trackers", "[]", "--loop.duration", "3 steps",
+           "--optim.name", "sgd", "--optim.max_grad_norm", "1e-12"]
+    result = fork([*run, "--optim.lr", "auto"])
+    assert result.returncode == 2 and "give a number as --optim.lr" in result.stderr
+    assert fork([*run, "--optim.lr", "0.1"]).returncode == 0
+
+
+def test_verifying_looks_beyond_either_end(tmp_path):
+    found, output = find(tmp_path / "run", *SHORT, *RESNET, "--optim.name", "sgd",
+                         "--optim.args.momentum", "0.9", "--sweep.verify", "30 steps")
+    tried = {one["lr"]: one["eval_loss"] for one in found["verified"]}
+    assert found["suggestion"] == min(tried, key=tried.get) in tried
+    inside = [lr for lr in tried if min(tried) < lr < max(tried)]
+    assert found["suggestion"] in inside and len(tried) >= 4
+    assert f"of short runs the best was at {found['suggestion']:.2g}" in found["verdict"]
+
+
+def test_a_folder_of_a_run_is_not_swept_into(tmp_path):
+    result = fork(["--run_dir", str(tmp_path / "run"), "--log.trackers", "[]", "--loop.duration",
+                   "300 steps"], script="tests/struck_train.py", STRIKE="SIGKILL step 3")
+    assert (tmp_path / "run" / "config.yaml").exists(), result.stderr
+    result = fork(["--run_dir", str(tmp_path / "run")], script="lr_find.py")
+    assert result.returncode == 2 and "choose another --run_dir" in result.stderr
+    assert not (tmp_path / "run" / "lr_find.json").exists()
 
 
 def test_a_rehearsal_leaves_no_trace():

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from trainlib.guard import Guard
     from trainlib.runtime import Requests
 
-_SMOOTHING = 0.9  # of the drawn curve; the answer has a fit of its own
-
 
 class SweepOptions(Options):
     lr_min: float = Field(lr_sweep.LR_MIN, gt=0)
@@ -75,7 +73,8 @@ def auto_rate(
     if is_main:
         say(write_report(run_dir, [swept], suggestion, {}))
     if suggestion.answer is None:
-        raise UserError(f"optim.lr: auto: {suggestion.verdict}; give a number")
+        raise UserError(f"optim.lr: auto: {suggestion.verdict}; give a number as --optim.lr, or "
+                        "find one with lr_find.py, which has these options")
     return suggestion.answer
 
 
@@ -94,12 +93,16 @@ def write_report(
         The answer in lines for the terminal.
     """
     (lrs, losses, low, high), _ = lr_suggestion.combine(runs)
-    answer = suggestion.answer
-    if finite := {lr: loss for lr, loss in verified.items() if math.isfinite(loss)}:
-        answer = min(finite, key=finite.get)
+    answer, verdict = suggestion.answer, suggestion.verdict
+    if verified:
+        answer = min(verified, key=verified.get)
+        answer = answer if math.isfinite(verified[answer]) else None
+        verdict += f"; of short runs the best was at {answer:.2g}" if answer is not None else (
+            "; no short run ended with a finite loss")
     run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "lr_find.yaml").unlink(missing_ok=True)  # of an earlier sweep
     durable.write_text(run_dir / "lr_find.json", json.dumps({
-        "suggestion": answer, "verdict": suggestion.verdict, "doubt": suggestion.doubt,
+        "suggestion": answer, "verdict": verdict, "doubt": suggestion.doubt,
         "suggestions": suggestion.by_method,
         "verified": [{"lr": lr, "eval_loss": _plain(loss)} for lr, loss in verified.items()],
         "lrs": lrs, "losses": losses, "low": low, "high": high,
@@ -110,10 +113,10 @@ def write_report(
     rows.writerow(["lr", "loss", "low", "high"])
     rows.writerows(zip(lrs, losses, low, high, strict=True))
     durable.write_text(run_dir / "lr_find.csv", table.getvalue())
-    marks = suggestion.by_method | ({"verified": answer} if verified else {})
-    plots.draw_sweep(run_dir / "lr_find.png", lrs, losses, low, high,
-                     lr_sweep.smooth(losses, _SMOOTHING), marks, suggestion.verdict)
-    lines = [f"lr_find: {suggestion.verdict}"]
+    fitted = lr_suggestion.fitted_curve(lrs, losses)
+    plots.draw_sweep(run_dir / "lr_find.png", lrs, losses, low, high, fitted,
+                     suggestion.by_method, answer, verdict)
+    lines = [f"lr_find: {verdict}"]
     lines += [f"  {name:14} {lr:.3g}" for name, lr in suggestion.by_method.items() if lr]
     lines += [f"  after a run at {lr:.3g}: eval/loss {loss:.4f}" for lr, loss in verified.items()]
     lines.append(f"{run_dir}: lr_find.json, lr_find.csv, lr_find.png")
@@ -122,9 +125,8 @@ def write_report(
         return "\n".join(lines)
     lines.append(f"train with --optim.lr {answer:.2g}")
     if recipe is not None:
-        rate = float(f"{answer:.2g}")
         applied = recipe.model_copy(update={
-            "run_dir": None, "optim": recipe.optim.model_copy(update={"lr": rate}),
+            "run_dir": str(run_dir), "optim": recipe.optim.model_copy(update={"lr": answer}),
         })
         text = to_yaml(applied, leave_out=("apply", "sweep"))
         durable.write_text(run_dir / "lr_find.yaml", text)

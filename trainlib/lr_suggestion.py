@@ -19,15 +19,18 @@ _GRID = 201  # rates at which the fitted curve is read, evenly spaced over log l
 # curves and sweeps of 5 to 10 decades: narrower loses to noise, wider blends neighbouring falls.
 _HALF_WIDTH = 0.13
 _MIN_NEIGHBOURS = 5  # the window widens to hold so many, where a sweep is short or linear
+# The next three: least regret over the jobs of benchmarks/lr_regret.py, three sweeps of each, and
+# flat around it: 0.3 to 0.5 of 0.2 to 0.8, 0.15 to 0.4 of 0.1 to 1, 1.7 to 2.5 of 1.4 to 3.3.
 _STEEP = 0.5  # of the steepest slope: the stretch around it
-# A rise by so much of the fall before it ends the curve; of 0.3 to 1 the least regret.
-_RISE = 0.3
-_BEFORE_THE_EDGE = 2  # of 1.4 to 3.3 the least regret, and flat around it
+_RISE = 0.3  # of the fall before it: such a rise ends the curve
+_BEFORE_THE_EDGE = 2
 # A fall is real from so many of its standard errors on; with 20 points 3 % of sweeps of pure noise
 # have one, with 50 or more under 1 %.
 _LIMIT = 4.5
 
-DIVERGES = "the loss diverges from the first rates: give a smaller sweep.lr_min"
+NOT_FINITE = ("the loss is not finite before the first update: look at the data, the loss or the "
+              "precision")
+DIVERGES = "the loss blows up after too few rates"
 NO_FALL = "the loss never falls by more than its noise"
 STILL_FALLS = "the loss still falls at the last rate: give a larger sweep.lr_max"
 
@@ -46,7 +49,8 @@ class _Curve(NamedTuple):
 def _fit(log_lrs: np.ndarray, at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The weights, [grid, points] each, that make losses into levels and into slopes.
 
-    Source: local linear regression with tricube weights (Cleveland 1979, section 2).
+    Source: local linear regression with the tricube weights of Cleveland 1979, over a window of
+    fixed width and without his robustness steps.
     """
     offsets = log_lrs[None, :] - at[:, None]
     distances = np.abs(offsets)
@@ -89,8 +93,10 @@ def _read(lrs: Sequence[float], losses: Sequence[float]) -> _Curve | None:
     while True:
         curve, rises_at = _fitted(np.log(rates[:length]), values[:length])
         shorter = int(np.searchsorted(np.log(rates[:length]), rises_at, side="right"))
-        if not _MIN_POINTS <= shorter < length:
+        if shorter >= length:
             return curve
+        if shorter < _MIN_POINTS:
+            return None
         length = shorter
 
 
@@ -131,8 +137,8 @@ def _steep_stretch(curve: _Curve) -> slice:
 def edge(lrs: Sequence[float], losses: Sequence[float]) -> float | None:
     """Half the rate at which the steep stretch of the fall ends; None as for ``steepest``.
 
-    Source: Smith 2017 (arXiv 1506.01186, section 3.3) takes the rate at which the curve ceases to
-    improve for the largest that is useful.
+    Source: Smith 2017, arXiv 1506.01186, section 3.3: the largest useful rate is where the curve
+    slows, becomes ragged or turns, and the best is within a factor of two of the largest.
     """
     if (curve := _read(lrs, losses)) is None or not curve.falls:
         return None
@@ -178,20 +184,35 @@ METHODS = {"edge": edge, "steepest": steepest, "valley": valley, "minimum_tenth"
 DEFAULT = "edge"
 
 
+def fitted_curve(
+    lrs: Sequence[float], losses: Sequence[float]
+) -> tuple[list[float], list[float]] | None:
+    """Rates and losses of the curve that the methods read; None where there is none."""
+    if (curve := _read(lrs, losses)) is None:
+        return None
+    length = int(np.searchsorted(np.log(np.asarray(lrs)), curve.log_lrs[-1], side="right"))
+    values = np.asarray(losses[:length], dtype=np.float64)
+    scale = np.abs(values - values[0]).max()
+    return np.exp(curve.log_lrs).tolist(), (values[0] + scale * curve.levels).tolist()
+
+
 class Suggestion(NamedTuple):
     """What a sweep says."""
 
     answer: float | None
     by_method: dict[str, float | None]
     doubt: float | None
-    """The factor between the largest and the smallest method; None where there is no answer."""
+    """The factor between the largest and the smallest rate of all methods, and of all sweeps'
+    answers; None where there is no answer."""
     verdict: str
 
 
-def _suggestion(rates: dict[str, float], verdict: str) -> Suggestion:
-    doubt = max(rates.values()) / min(rates.values())
+def _suggestion(rates: dict[str, float], verdict: str, answers: Sequence[float]) -> Suggestion:
+    said = [*rates.values(), *answers]
+    doubt = max(said) / min(said)
     verdict += f"; the methods differ by a factor of {doubt:.2g}"
-    return Suggestion(rates[DEFAULT], rates, doubt, verdict)
+    # Rounded here, once: what is printed, written and trained with is one number.
+    return Suggestion(float(f"{rates[DEFAULT]:.2g}"), rates, doubt, verdict)
 
 
 def _describe(rates: dict[str, float]) -> str:
@@ -210,12 +231,17 @@ def suggest(lrs: Sequence[float], losses: Sequence[float]) -> Suggestion:
         ValueError: not one loss for each rate, or rates that are not above 0 and ascending.
     """
     curve = _read(lrs, losses)
+    if curve is None and len(losses) and not math.isfinite(losses[0]):
+        return _no_answer(NOT_FINITE)
+    if curve is None and len(losses):
+        return _no_answer(f"{DIVERGES}: give more sweep.steps, and rates from "
+                          f"{lrs[0] / 1000:.2g} to {lrs[-1]:.2g}")
     if curve is None or not curve.falls:
         return _no_answer(DIVERGES if curve is None else NO_FALL)
     if _steep_stretch(curve).stop == _GRID and len(losses) == curve.num_points:
         return _no_answer(STILL_FALLS)
     rates = {name: method(lrs, losses) for name, method in METHODS.items()}
-    return _suggestion(rates, _describe(rates))
+    return _suggestion(rates, _describe(rates), ())
 
 
 def combine(
@@ -245,5 +271,5 @@ def combine(
     answers = [one.answer for one in answered]
     return band, _suggestion(
         rates, f"{_describe(rates)}, from {min(answers):.2g} to {max(answers):.2g} in "
-        f"{len(answered)} of {len(runs)} sweeps"
+        f"{len(answered)} of {len(runs)} sweeps", answers
     )

@@ -11,6 +11,7 @@ import numpy as np
 
 LR_MIN, LR_MAX, NUM_STEPS = 1e-7, 10.0, 100  # of a sweep that is not asked for otherwise
 MIN_STEPS = 20
+_LARGEST_LEAP = 30  # from one rate to the next
 
 
 def sweep_rates(
@@ -23,7 +24,8 @@ def sweep_rates(
         spacing: "exponential" (equal factors) or "linear" (equal differences).
 
     Raises:
-        ValueError: ends that are not 0 < lr_min < lr_max, too few steps, no such spacing.
+        ValueError: ends that are not 0 < lr_min < lr_max, too few steps, no such spacing, or a
+            linear sweep that leaps over decades.
     """
     if not 0 < lr_min < lr_max < math.inf:
         raise ValueError(f"a sweep goes from lr_min, above 0, up to lr_max, got {lr_min} and "
@@ -33,7 +35,12 @@ def sweep_rates(
     if spacing not in ("exponential", "linear"):
         raise ValueError(f'the spacing is "exponential" or "linear", not {spacing!r}')
     between = np.geomspace if spacing == "exponential" else np.linspace
-    return between(lr_min, lr_max, num_steps).tolist()
+    rates = between(lr_min, lr_max, num_steps).tolist()
+    if rates[1] > _LARGEST_LEAP * rates[0]:
+        raise ValueError(f"a linear sweep from {lr_min:g} to {lr_max:g} leaps to {rates[1]:.2g} at "
+                         "its second step, and the curve in between is not seen: give a larger "
+                         "lr_min, or spacing exponential")
+    return rates
 
 
 def smooth(losses: Sequence[float], beta: float) -> list[float]:
@@ -90,11 +97,14 @@ def drive(
 
     Returns:
         The rates and losses of the steps that were not skipped. A last loss that is not finite is
-        kept: it tells ``suggest`` that the sweep did not merely run out of rates.
+        kept, and stands for last steps that were skipped: it tells ``suggest`` that the sweep did
+        not merely run out of rates.
     """
     lrs, losses = [], []
     for number, lr in enumerate(rates):
         loss = step(number, lr)
+        if loss is None and number == len(rates) - 1:
+            loss = math.nan
         if loss is None:
             continue
         lrs.append(lr)

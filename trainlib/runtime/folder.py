@@ -111,6 +111,8 @@ class RunFolder:
             for name in sorted(found | wanted)
             if found.get(name) != wanted.get(name) and not name.startswith(_FREE_OPTIONS)
         }
+        if found.get("optim.lr") == "auto" and not (self.path / "checkpoints").exists():
+            changed.pop("optim.lr", None)  # its sweep found none, and asked for a number
         refused = [line for name, line in changed.items() if name not in _LENGTHS]
         if refused:
             raise UserError(
@@ -219,6 +221,16 @@ class RunFolder:
         is_locked = self._lock is None and may_be_held(self.path / _LOCK)
         is_run = self._is_blank() or (self.path / "config.yaml").exists()
         return is_run and not is_locked and self._former_exit().get("code") != 0
+
+    def check_free(self) -> None:
+        """Refuses a folder that holds a run or other files, though not those of a sweep.
+
+        Raises:
+            UserError: as said.
+        """
+        if self.path.exists() and not (self.path.is_dir() and self._is_blank()):
+            raise UserError(f"run_dir: {self.path} holds a run or other files; choose another "
+                            "--run_dir for the sweep")
 
     def _is_blank(self) -> bool:
         """Whether there is nothing but the traces of a run that ended before it began."""
