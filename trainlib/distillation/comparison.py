@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from trainlib.distillation.objective import TOKENS_AT_A_TIME, Hidden
+from trainlib.distillation.objective import Hidden, token_chunks
 from trainlib.losses import is_valid
 
 if TYPE_CHECKING:
@@ -114,8 +114,7 @@ def _token_chunks(
         teachers = [one.flatten(0, 1) for one in taught.hidden]
     else:
         hidden, head, teachers = task.pick(student).flatten(0, 1), None, []
-    for start in range(0, len(hidden), TOKENS_AT_A_TIME):
-        rows = slice(start, start + TOKENS_AT_A_TIME)
+    for rows in token_chunks(len(hidden), task.vocab_size):
         logits = hidden[rows] if head is None else functional.linear(hidden[rows], head)
         if isinstance(taught, Hidden):
             known = [functional.linear(one[rows], matrix)
