@@ -8,9 +8,9 @@ the answer of each rule on the very curve of that sweep. Regret is the best valu
 metric on the grid minus the one at the answer: in points for shares such as accuracy, in percent of
 the best for losses. A rule that gives no rate is charged the grid's median. Hours on a CPU.
 
-The rules of others, from their sources: fastai 2.8 ``schedule.py`` (valley), Lightning 2.6
-``lr_finder.py`` (argmin of the gradient over lr), pytorch-lr-finder (argmin of the gradient over
-the index).
+The rules of others, with their smoothing, written anew from their sources: fastai 2.8
+``schedule.py`` (valley), Lightning 2.6 ``lr_finder.py``, pytorch-lr-finder. They see the very
+curve of ours, so its range and its stop, and they always answer.
 """
 
 import argparse
@@ -29,7 +29,6 @@ sys.path.insert(0, str(ROOT))
 
 from trainlib.config import parse_yaml  # noqa: E402
 from trainlib.lr_suggestion import DEFAULT  # noqa: E402
-from trainlib.lr_sweep import smooth  # noqa: E402
 from trainlib.progress import check_monitor  # noqa: E402
 
 OPTIMIZERS = {
@@ -40,30 +39,48 @@ RECIPES = ["digits_mlp", "digits_resnet", "digits_multitask", "digits_multilabel
            "digits_segmentation", "diabetes_regression", "pydocs_gpt"]
 
 
-def fastai_valley(lrs: np.ndarray, losses: np.ndarray) -> float:
+NUM_STEPS = 100  # of a whole sweep, from which fastai counts what it skips
+
+
+def moving_mean(
+    losses: list[float], beta: float, start: float, correction: int | None
+) -> np.ndarray:
+    """An exponential mean, divided by 1 - beta^(number + correction) if there is one."""
+    means, mean = [], start
+    for number, loss in enumerate(losses):
+        mean = beta * mean + (1 - beta) * loss
+        means.append(mean / (1 - beta ** (number + correction)) if correction else mean)
+    return np.array(means)
+
+
+def fastai_valley(lrs: np.ndarray, losses: list[float]) -> float:
     """About the middle of the longest strictly decreasing subsequence."""
-    lrs, losses = lrs[len(lrs) // 10 : -5], losses[len(losses) // 10 : -5]
-    lengths = np.ones(len(losses), dtype=int)
-    for end in range(len(losses)):
-        before = [lengths[start] + 1 for start in range(end) if losses[start] > losses[end]]
+    skipped = NUM_STEPS // 10
+    values = moving_mean(losses, 0.98, 0.0, 1)[skipped:-5]
+    lengths = np.ones(len(values), dtype=int)
+    for end in range(len(values)):
+        before = [lengths[start] + 1 for start in range(end) if values[start] > values[end]]
         lengths[end] = max([lengths[end], *before])
     end = int(lengths.argmax())
-    start = end - lengths[end]
+    start = end - lengths[end] if lengths[end] > 1 else 0
     section = (end - start) / 3
-    return float(lrs[start + int(section) + int(section / 2)])
+    return float(lrs[skipped:-5][start + int(section) + int(section / 2)])
 
 
-def lightning(lrs: np.ndarray, losses: np.ndarray) -> float:
-    return float(lrs[10:-1][np.gradient(losses[10:-1], lrs[10:-1]).argmin()])
+def lightning(lrs: np.ndarray, losses: list[float]) -> float:
+    """The steepest fall over lr; its correction counts one step too many, as in the source."""
+    values = moving_mean(losses, 0.98, 0.0, 2)
+    return float(lrs[10:-1][np.gradient(values[10:-1], lrs[10:-1]).argmin()])
 
 
-def pytorch_lr_finder(lrs: np.ndarray, losses: np.ndarray) -> float:
-    return float(lrs[10:-5][np.gradient(losses[10:-5]).argmin()])
+def pytorch_lr_finder(lrs: np.ndarray, losses: list[float]) -> float:
+    """The steepest fall over the index, of a mean that starts at the first loss."""
+    values = moving_mean(losses, 0.95, losses[0], None)
+    return float(lrs[10:-5][np.gradient(values[10:-5]).argmin()])
 
 
-# Each smooths as it does at home: an exponential mean of 0.98, or of 0.05 the other way round.
-OTHERS = {"fastai valley": (fastai_valley, 0.98), "Lightning": (lightning, 0.98),
-          "pytorch-lr-finder": (pytorch_lr_finder, 0.95)}
+OTHERS = {"fastai valley": fastai_valley, "Lightning": lightning,
+          "pytorch-lr-finder": pytorch_lr_finder}
 
 
 def run(script: str, folder: Path, flags: list[str]) -> None:
@@ -99,7 +116,7 @@ def regrets(
     found = json.loads((folder / "sweep" / "lr_find.json").read_text())
     lrs, losses = np.array(found["lrs"]), found["losses"]
     answers = {"ours": found["suggestion"]} | {
-        name: rule(lrs, np.array(smooth(losses, beta))) for name, (rule, beta) in OTHERS.items()
+        name: rule(lrs, losses) for name, rule in OTHERS.items()
     } | {name: rate for name, rate in found["suggestions"].items() if name != DEFAULT}
     on_grid = [trained(folder / f"grid {lr:.3g}", lr, flags, num_seeds) for lr in grid]
     best = max(on_grid)
