@@ -55,7 +55,7 @@ def _run(
 def fork(
     arguments: list[str], processes: int = 1, script: str = "train.py", **environment: str
 ) -> subprocess.CompletedProcess:
-    """As ``launching.launch``, without its launcher: this process keeps the store of the ranks.
+    """Runs a script on so many CPU processes, of whose ranks this process keeps the store.
 
     Where one fails, the others are killed, and its exit code is the result's (negative: a signal).
     """
@@ -75,7 +75,10 @@ def fork(
             process.start()
             running[process.sentinel] = process
         while running:
-            for sentinel in wait(list(running)):
+            ended = wait(list(running), timeout=280)
+            for process in running.values() if not ended else ():
+                process.kill()  # a deadlock: its exit code says so
+            for sentinel in ended:
                 process = running.pop(sentinel)
                 process.join()
                 code = code or process.exitcode
