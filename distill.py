@@ -67,6 +67,7 @@ def main(arguments: list[str]) -> None:
 
 
 def train_student(options: StudentOptions, folder: runtime.RunFolder) -> None:
+    runtime.release_signals()  # which the run before this one holds
     # ---- machine ----
     accelerator = runtime.make_accelerator(
         options.log.trackers, options.deterministic, options.cpu_threads
@@ -119,7 +120,7 @@ def train_student(options: StudentOptions, folder: runtime.RunFolder) -> None:
     optimizer = optim.build_optimizer(options.optim, module)
     teachers = distillation.Teachers(teacher_list, task_list, distill, accelerator)
     soft_losses = {task.name: distillation.SoftLoss(task, distill) for task in teachers.tasks}
-    parts = distillation.loss_parts(task_list, teachers.tasks, distill)
+    loss_parts = distillation.loss_parts(task_list, teachers.tasks, distill)
 
     # ---- run folder: nothing is written before everything above has been accepted ----
     run_dir = folder.path
@@ -130,6 +131,11 @@ def train_student(options: StudentOptions, folder: runtime.RunFolder) -> None:
     }))
     labels = tasks.labels(task_list)
     fingerprint = data.fingerprint(dataset)
+    if distill.cache is not None and teachers.tasks:
+        teachers.stored = distillation.StoredOutputs(
+            teachers, distill, dataset.train, fingerprint, batch.eval_size
+        )
+        teachers.stored.check()
     folder.open(accelerator, config, fingerprint, options.checkpoint.steal_lock)
     checkpoints = Checkpoints(
         run_dir, accelerator, options.checkpoint, total_steps, num_samples,
@@ -178,13 +184,10 @@ def train_student(options: StudentOptions, folder: runtime.RunFolder) -> None:
     validation = data.EvalReader(
         dataset.validation, batch.eval_size, accelerator.process_index, world_size, device
     )
-    if distill.cache is not None:
-        teachers.stored = distillation.StoredOutputs(
-            teachers, distill, dataset.train, fingerprint, batch.eval_size
-        )
+    if teachers.stored is not None:
         teachers.stored.fill(accelerator.process_index, world_size, run_log.say)
     exact_sum = batch.exact_sum if batch.exact_sum is not None else device.type == "cpu"
-    sizes = {"loss": len(parts), "batch_norm": batch_statistics.size,
+    sizes = {"loss": len(loss_parts), "batch_norm": batch_statistics.size,
              "requests": runtime.Requests.NUM}
     sums = StepSums(accelerator, model, sizes, exact_sum, len(assignments))
     guard = Guard(
@@ -205,7 +208,8 @@ def train_student(options: StudentOptions, folder: runtime.RunFolder) -> None:
 
     def rise(step: int) -> float:
         """The share of their weights that soft losses and features have, 1 after the warm-up."""
-        return min(1.0, (step + 1) / (rise_steps + 1))
+        is_sweep = options.optim.lr is None and state.peak_lr is None
+        return 1.0 if is_sweep else min(1.0, (step + 1) / (rise_steps + 1))
 
     def objective(output, targets, item_counts, mix, inputs, micro_batch):
         """The micro-batch's share of the step's loss, whole and by part."""
@@ -238,15 +242,14 @@ def train_student(options: StudentOptions, folder: runtime.RunFolder) -> None:
         )
         alone = distillation.results_alone(run_dir) if distill.baseline else None
         report, records, lines = distillation.summarize(
-            monitor, tasks.logged_metrics(task_list, state.best_results),
-            tasks.logged_metrics(teachers.known, {n: one["teacher"] for n, one in found.items()}),
+            monitor, lower_is_better, tasks.logged_metrics(task_list, state.best_results),
+            *distillation.of_teachers(found, state.best_results, task_list, tasks.logged_metrics),
             alone and tasks.logged_metrics(task_list, alone),
-            {name: one["agreement"] for name, one in found.items()},
         )
         folder.write("distillation.json", report)
         return records, lines
 
-    losses_of = partial(distillation.logged_losses, parts, rise, reader.item_counts)
+    losses_of = partial(distillation.logged_losses, loss_parts, rise, reader.item_counts)
 
     # From here on a signal is a request, which all processes meet at the same step.
     requests = runtime.hold_signals(accelerator, checkpoints.every_seconds)
@@ -346,7 +349,7 @@ def train_student(options: StudentOptions, folder: runtime.RunFolder) -> None:
         with averaged():
             checkpoints.export("final", module, labels, state.results)
     checkpoints.finish()
-    if is_over and teachers.known and state.best_results:
+    if is_over and teachers.are_others and state.best_results:
         results, lines = compare()
         run_log.results(state.step, results)
     if not is_over:

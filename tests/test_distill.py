@@ -188,9 +188,9 @@ def test_the_built_in_job_makes_its_teacher_then_the_student_alone_then_the_stud
     student, whole = report["student"]["eval/accuracy"], report["teachers"]["eval/accuracy"]
     gap = whole - alone["digit"]["accuracy"]
     assert report["gap_closed"] == (student - alone["digit"]["accuracy"]) / gap
-    assert 0.5 < report["agreement"]["digit"] <= 1
+    assert 0.5 < report["agreement"]["eval/agreement"] <= 1
     last = records(run)[-1]
-    assert last["eval/agreement"] == report["agreement"]["digit"]
+    assert last["eval/agreement"] == report["agreement"]["eval/agreement"]
     assert last["teacher/accuracy"] == whole and last["eval/gap_closed"] == report["gap_closed"]
     # The student alone is the run that train.py makes of the same flags.
     plain = train(tmp_path / "plain", *SHORT, "--loop.duration", "60 steps")
@@ -212,7 +212,7 @@ def test_agreement_and_the_teachers_metrics_are_those_of_a_pass_by_hand(tmp_path
     target = validation.targets["digit"].long()
     agreement = (student.argmax(1) == mean.argmax(1)).double().mean().item()
     accuracy = (mean.argmax(1) == target).double().mean().item()
-    assert report["agreement"]["digit"] == pytest.approx(agreement, abs=1e-12)
+    assert report["agreement"]["eval/agreement"] == pytest.approx(agreement, abs=1e-12)
     assert report["teachers"]["eval/accuracy"] == pytest.approx(accuracy, abs=1e-12)
     loss = -mean[torch.arange(len(target)), target].log().mean().item()
     assert report["teachers"]["eval/loss"] == pytest.approx(loss, rel=1e-5)
@@ -227,7 +227,8 @@ def test_every_kind_of_task_is_compared(tmp_path, teacher, job):
     for task, result in evaluation.items():
         key = f"eval/{task}/loss" if len(evaluation) > 1 else "eval/loss"
         assert report["teachers"][key] == pytest.approx(result["loss"], rel=1e-5)
-        assert -5 < report["agreement"][task] <= 1
+        key = f"eval/{task}/agreement" if len(evaluation) > 1 else "eval/agreement"
+        assert -5 < report["agreement"][key] <= 1
 
 
 def test_numbers_are_compared_in_the_students_scale(tmp_path, teacher):
@@ -300,6 +301,15 @@ def test_bad_input_is_refused_in_one_line_before_anything_is_written(tmp_path, t
         (of({"run": run, "ema": True}), "one of run, ema or model"),
         (of({"run": run, "weights": "x"}), "belongs to a teacher with model"),
         (of({"model": {"name": "mpl"}}), "did you mean 'mlp'"),
+        ([*of(run), "--distill.loss", "jsd", "--distill.loss_args.beta", "abc"], "distill.loss"),
+        ([*of(run), "--distill.cache", "logits", "--distill.cache_top_k", "3",
+          "--distill.standardize"], "leave out one of them"),
+        (of({"run": run + "/none", "recipe": "recipes/digits_mlp_from_resnet.yaml"}),
+         "has teachers of its own"),
+        ([*of({"ema": True, "precision": "bf16"}), "--optim.ema_half_life", "5 steps"],
+         "has those of the run"),
+        (["--tasks.digit.kind", "multilabel", "--tasks.digit.target", "quadrants", *of(run)],
+         "is a classification, the student's a multilabel"),
     ):
         assert message in refused(tmp_path, *flags), flags
 
@@ -324,12 +334,108 @@ def test_a_teacher_of_other_classes_is_refused_by_their_names(tmp_path):
 def test_a_cache_of_another_teacher_is_refused(tmp_path, teacher):
     cache = ["--distill.cache", "logits", "--distill.cache_dir", str(tmp_path / "cache")]
     distil(tmp_path / "one", *of(teacher()), *cache, "--loop.duration", "2 steps")
-    with pytest.raises(UserError, match="holds other outputs: teachers"):
-        script.main(["--run_dir", str(tmp_path / "two"), "--log.trackers", "[]", *SHORT,
-                     *of(teacher(seed=1)), *cache])
-    # Without a folder of one's own, each has one.
-    file = next((tmp_path / "cache").glob("part_*"))
+    assert "holds other outputs: teachers" in refused(tmp_path, *of(teacher(seed=1)), *cache)
+    assert "batch.eval_size (64 there, 32 here)" in refused(
+        tmp_path, *of(teacher()), *cache, "--batch.eval_size", "32")
+    [file] = (tmp_path / "cache").glob("part_*")
     assert load_file(file)["digit"].dtype == torch.float16
+    # Nothing of it is needed where the student learns alone.
+    distil(tmp_path / "alone", *of(teacher()), *cache, "--distill.kd_weight", "0")
+
+
+def test_the_same_weights_in_another_net_are_another_teacher(tmp_path, teacher):
+    """The number of heads leaves no trace in the weights."""
+    def flags(heads):
+        spec = {"model": {"name": "gpt", "args": {"depth": 1, "width": 32, "heads": heads}},
+                "weights": f"{teacher('language')}/best/model.safetensors"}
+        return [*GPT, *of(spec), "--distill.cache", "logits", "--distill.cache_dir",
+                str(tmp_path / "cache")]
+
+    distil(tmp_path / "one", *flags(2), "--loop.duration", "2 steps")
+    assert "holds other outputs: teachers" in refused(tmp_path, *flags(4))
+
+
+OWN_LM = """
+from torch import nn
+
+class Bare(nn.Module):
+    def __init__(self, vocab_size):
+        super().__init__()
+        self.table, self.head = nn.Embedding(vocab_size, 8), nn.Linear(8, vocab_size + 7)
+
+    def forward(self, tokens):
+        return self.head(self.table(tokens))
+"""
+
+
+@pytest.mark.parametrize("flags", [[], ["--tasks.text.loss_args.label_smoothing", "0.3"]],
+                         ids=["plain", "smoothed"])
+def test_a_language_model_that_gives_logits_for_more_tokens_is_taught(tmp_path, teacher, flags):
+    (tmp_path / "own.py").write_text(OWN_LM)
+    own = ["--model.name", f"{tmp_path}/own.py:Bare", "--model.args", "{}"]
+    run = distil(tmp_path / "run", *[word for word in GPT if not word.startswith("--model")][:8],
+                 "--batch.global_size", "8", "--batch.micro_size", "4", *own, *flags,
+                 *of(teacher("language")), "--loop.duration", "4 steps")
+    report = json.loads((run / "distillation.json").read_text())
+    assert 0 <= report["agreement"]["eval/agreement"] <= 1
+    plain = report["teachers"]["eval/perplexity"]
+    is_plain = report["teachers"]["eval/loss"] == pytest.approx(torch.tensor(plain).log().item())
+    assert is_plain == (not flags)
+
+
+@pytest.mark.parametrize("flags", [
+    [*RESNET, "--model.args.width", "4", "--distill.features", '{"blocks.1 -> blocks.1": {}}'],
+    ["--distill.cache", "logits"], ["--optim.ema_half_life", "5 steps", "--distill.teachers",
+                                    '[ema]'], GPT,
+], ids=["projector", "cache", "ema", "language"])
+def test_in_bf16_it_learns_as_well(tmp_path, teacher, monkeypatch, flags):
+    job = "language" if flags is GPT else "digits"
+    flags = [*of(teacher(job)), *flags]
+    if "--distill.cache" in flags:
+        flags += ["--distill.cache_dir", str(tmp_path / "cache")]
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    curve = losses(distil(tmp_path / "run", *flags, "--loop.duration", "12 steps"))
+    assert sum(curve[-3:]) < sum(curve[:3])
+
+
+def test_the_average_of_the_student_teaches_it(tmp_path, monkeypatch):
+    """The teacher holds the averaged weights and buffers themselves, at the end of the run too."""
+    kept = {}
+    follow = distillation.Teachers.follow
+    monkeypatch.setattr(distillation.Teachers, "follow",
+                        lambda self, ema: (kept.update(teachers=self, ema=ema), follow(self, ema)))
+    torch.set_num_threads(1)
+    script.main(["--run_dir", str(tmp_path / "run"), "--log.trackers", "[]", *SHORT, *RESNET,
+                 "--optim.ema_half_life", "5 steps", "--distill.teachers", "[ema]",
+                 "--loop.duration", "6 steps"])
+    [teacher], averages = kept["teachers"].teachers, kept["ema"].averages
+    held = dict(teacher.module.named_parameters()) | dict(teacher.module.named_buffers())
+    assert any("running_mean" in name for name in averages)
+    for name, average in averages.items():
+        assert held[name].data_ptr() == average.data_ptr() and held[name].equal(average), name
+    assert not (tmp_path / "run" / "distillation.json").exists()
+
+
+def test_the_gap_is_that_to_better_teachers_alone(tmp_path):
+    def closed(student, teacher, alone, lower):
+        metrics = [{"eval/loss": value} for value in (student, teacher)]
+        report, logged, lines = distillation.summarize(
+            "eval/loss", lower, *metrics, {"eval/agreement": 0.5}, {"eval/loss": alone})
+        assert ("gap" in lines) == ("eval/gap_closed" in logged) == (
+            report["gap_closed"] is not None)
+        return report["gap_closed"]
+
+    assert closed(0.8, 0.5, 1.0, lower=True) == pytest.approx(0.4)
+    assert closed(0.8, 0.9, 0.7, lower=False) == pytest.approx(0.5)
+    assert closed(1.3, 1.5, 1.0, lower=True) is None and closed(0.8, 0.7, 0.7, lower=False) is None
+
+
+def test_a_teacher_of_one_task_of_two_is_compared_in_that_task(tmp_path, teacher):
+    run = distil(tmp_path / "run", "--tasks", "{digit: {}, ink: {kind: regression}}",
+                 *of(teacher()), "--loop.duration", "4 steps")
+    report = json.loads((run / "distillation.json").read_text())
+    assert set(report["agreement"]) == {"eval/digit/agreement"}
+    assert all(key.startswith("eval/digit/") for key in report["teachers"])
 
 
 def test_top_k_of_all_tokens_is_the_whole_distribution(tmp_path, teacher):

@@ -14,6 +14,7 @@ from trainlib.distillation.report import (
     kd_items,
     logged_losses,
     loss_parts,
+    of_teachers,
     results_alone,
     summarize,
 )
@@ -24,5 +25,5 @@ from trainlib.distillation.teachers import Teachers, student_arguments
 __all__ = [
     "Both", "Comparison", "DistillOptions", "FeatureLosses", "SoftLoss", "StoredOutputs",
     "Teachers", "build_teachers", "check_cache", "kd_items", "logged_losses", "loss_parts",
-    "plan_jobs", "results_alone", "run_jobs", "student_arguments", "summarize",
+    "of_teachers", "plan_jobs", "results_alone", "run_jobs", "student_arguments", "summarize",
 ]

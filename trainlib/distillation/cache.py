@@ -47,6 +47,22 @@ class TeacherCache:
         self._layout: dict[str, list] = {}  # of every part, once one is known
         self._parts: dict[int, dict[str, np.ndarray]] = {}
 
+    def check(self, device: torch.device) -> None:
+        """Refuses, on all processes, a folder that ``open`` would refuse for what it holds.
+
+        Raises:
+            UserError: as said.
+        """
+        refusal = None
+        if is_first_process() and self.folder.is_dir() and any(self.folder.iterdir()):
+            try:
+                self._check_header()
+            except UserError as error:
+                refusal = str(error)
+        refusal = agreement.from_main(refusal, device)
+        if refusal is not None:
+            raise UserError(refusal)
+
     def open(self, device: torch.device) -> int:
         """Takes or creates the folder on all processes; returns how many parts are missing.
 

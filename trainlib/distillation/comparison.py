@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from trainlib.distillation.objective import Hidden, token_chunks
-from trainlib.losses import is_valid
+from trainlib.distillation.objective import Hidden, gives_hidden, rows_of, token_chunks
+from trainlib.losses import cross_entropy, is_valid
+from trainlib.metrics import sum_dtype
 
 if TYPE_CHECKING:
     from trainlib.distillation.teachers import Teachers
@@ -23,12 +24,14 @@ class Both(nn.Module):
     def __init__(self, teachers: Teachers, student: nn.Module):
         super().__init__()
         self.teachers, self.student = teachers, student
-        self.arguments = {"hidden_only": True} if teachers.gives_hidden else {}
+        asks = teachers.gives_hidden and gives_hidden(student)
+        self.arguments = {"hidden_only": True} if asks else {}
 
     def forward(self, inputs: Tensor) -> dict[str, Any]:
         """What both say to the same inputs."""
-        return {"student": self.student(inputs, **self.arguments),
-                "teachers": self.teachers.outputs(inputs)}
+        with self.teachers.accelerator.autocast():
+            student = self.student(inputs, **self.arguments)
+        return {"student": student, "teachers": self.teachers.outputs(inputs)}
 
 
 class Comparison:
@@ -61,18 +64,16 @@ class Comparison:
         return self._with_agreement(counts, same, valid), sums
 
     def _of_tokens(self, student: Any, taught: Any, target: Tensor) -> tuple[Tensor, Tensor]:
-        losses, same = [], []
-        rows = target.flatten()
+        dtype = sum_dtype(target.device)
+        sums, same = torch.zeros(2, dtype=dtype, device=target.device), []
+        rows, valid = target.flatten(), is_valid(target)
         for chunk, student_logits, teacher_logits in _token_chunks(self.task, student, taught):
-            losses.append(functional.cross_entropy(teacher_logits, rows[chunk], reduction="none"))
+            # The task's own loss, and the plain entropy, of which perplexity is made.
+            for number, loss in enumerate((self.task.entry_losses, cross_entropy)):
+                sums[number] += loss(teacher_logits, rows[chunk]).to(dtype).sum()
             same.append(student_logits.argmax(1) == teacher_logits.argmax(1))
-        mapping = {"losses": torch.cat(losses).view_as(target)}
-        valid = is_valid(target)
-        sums = mapping["losses"].double() if target.device.type != "mps" else mapping["losses"]
-        total = sums.where(valid, 0).sum().view(1)
-        counts = torch.cat([valid.sum().view(1)] * 2)  # items, and tokens of the plain entropy
-        same = torch.cat(same).view_as(target)
-        return self._with_agreement(counts, same, valid), torch.cat([total, total])
+        counts = torch.cat([valid.sum().view(1)] * 2)
+        return self._with_agreement(counts, torch.cat(same).view_as(target), valid), sums
 
     def _with_agreement(self, counts: Tensor, same: Tensor, valid: Tensor) -> Tensor:
         agreeing = torch.stack([(same & valid).sum(), valid.sum()])
@@ -109,16 +110,15 @@ def _token_chunks(
     task: Task, student: Any, taught: Any
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Rows of tokens with both logits [tokens, vocab_size], a few at a time."""
-    if isinstance(taught, Hidden):
+    if isinstance(student, Mapping) and "hidden" in student:
         hidden, head = student["hidden"].flatten(0, 1), student["head"]
-        teachers = [one.flatten(0, 1) for one in taught.hidden]
     else:
-        hidden, head, teachers = task.pick(student).flatten(0, 1), None, []
+        hidden, head = task.pick(student).flatten(0, 1), None
+    if isinstance(taught, Hidden):
+        taught = taught._replace(hidden=[one.flatten(0, 1) for one in taught.hidden])
     for rows in token_chunks(len(hidden), task.vocab_size):
-        logits = hidden[rows] if head is None else functional.linear(hidden[rows], head)
-        if isinstance(taught, Hidden):
-            known = [functional.linear(one[rows], matrix)
-                     for one, matrix in zip(teachers, taught.heads, strict=True)]
-            yield rows, logits[:, : task.vocab_size], taught.average(known)
-        else:
-            yield rows, logits[:, : task.vocab_size], taught[rows]
+        logits = hidden[rows] if head is None else functional.linear(
+            hidden[rows].to(head.dtype), head)
+        some = rows_of(taught, rows)
+        yield rows, logits[:, : task.vocab_size], (
+            some.logits() if isinstance(some, Hidden) else some)

@@ -8,13 +8,13 @@ left out of its exported weights.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from trainlib import plan
 from trainlib.config import UserError, nearest
 from trainlib.kd_losses import FEATURE_TERMS
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from trainlib.distillation.teacher import Teacher
 
 TRAINING_ONLY = "training_only"
+_PROJECTORS = 0x70726F6A  # what the seed is mixed with
 _NEEDS_WIDTH = ("mse", "cosine")
 
 
@@ -57,12 +58,13 @@ class FeatureLosses:
             self._keep(teachers[pair.teacher].module, there, ("teacher", number), where,
                        teachers[pair.teacher].where)
         if self.pairs:
-            with torch.random.fork_rng([]), eval_mode(student):
-                torch.manual_seed(seed)
-                student(example)
-                for teacher in teachers:
-                    with torch.no_grad():
+            with torch.random.fork_rng([]):
+                deepcopy(student).eval()(example)  # whose hooks are these, and statistics its own
+                with torch.no_grad():
+                    for teacher in teachers:
                         teacher.module(example)
+                # On the CPU, and not the student's own draws once more.
+                torch.default_generator.manual_seed(plan.mix(seed, _PROJECTORS))
                 self._fit(student)
 
     def _keep(
@@ -106,7 +108,7 @@ class FeatureLosses:
 
     def _projected(self, number: int, features: Tensor) -> Tensor:
         projector = self.projectors.get(f"projector_{number}")
-        return features if projector is None else projector(features)
+        return features if projector is None else projector(features.float())
 
     def losses(self) -> list[Tensor]:
         """By pair, [samples] fp32 for the last micro-batch that student and teachers have seen."""
@@ -117,18 +119,6 @@ class FeatureLosses:
         ]
         self.kept.clear()
         return losses
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode for a while, so that a trial changes no statistics."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, was_training in modes:
-            module.training = was_training
 
 
 class _Channels(nn.Linear):

@@ -6,13 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from trainlib.config import Options, UserError, read
-from trainlib.distillation.options import TeacherOptions
+from trainlib.distillation.options import DistillOptions, TeacherOptions
 
 ROOT = Path(__file__).resolve().parents[2]
 _DEFAULT = TeacherOptions(run="runs/digits_resnet",
                           recipe=str(Path("recipes") / "digits_resnet.yaml"))
-_ALONE = {"teachers": [], "kd_weight": 0.0, "hard_weight": 1.0, "features": {}, "cache": None,
-          "cache_top_k": None, "baseline": False}
 
 
 def plan_jobs(options: Options, run_dir: str) -> list[Options]:
@@ -38,9 +36,9 @@ def plan_jobs(options: Options, run_dir: str) -> list[Options]:
     jobs = [_teacher_job(student, teacher) for teacher in chosen.teachers or []
             if chosen.teaches and teacher.recipe is not None
             and not (Path(teacher.run) / "final").exists()]
-    if chosen.baseline:
+    if chosen.baseline and not (Path(run_dir) / "final").exists():
         jobs.append(student.model_copy(update={
-            "run_dir": alone_dir(run_dir), "distill": chosen.model_copy(update=_ALONE)}))
+            "run_dir": alone_dir(run_dir), "distill": DistillOptions(teachers=[], kd_weight=0.0)}))
     return [*jobs, student]
 
 
@@ -57,6 +55,9 @@ def _teacher_job(student: Options, teacher: TeacherOptions) -> Options:
         job = read(type(student), flags, "")
     except UserError as error:
         raise UserError(f"distill.teachers: {teacher.run}: {error}") from error
+    if job.distill.teachers:
+        raise UserError(f"distill.teachers: {teacher.run}: its recipe has teachers of its own; "
+                        "make that run first, with distill.py")
     changes = {name: getattr(student, name) for name in ("log", "deterministic", "cpu_threads")}
     return job.model_copy(update=changes)
 
@@ -81,7 +82,7 @@ def run_jobs(
         except BaseException as error:  # a signal's, too
             if hasattr(error, "exit_code"):
                 folder.close(error.exit_code, str(error))
-                run_folder(Path(last.run_dir))  # where a launcher looks for the exit code
+                run_folder(Path(last.run_dir))  # where a launcher looks for 75: run me again
             raise
         folder.close(0, "finished")
     train(last, run_folder(Path(last.run_dir)))

@@ -7,12 +7,13 @@ chunks, whose logits are made again in the backward pass.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
@@ -20,6 +21,7 @@ from trainlib import kd_losses
 from trainlib.config import UserError
 from trainlib.distillation.options import TERMS, DistillOptions, TermOptions
 from trainlib.losses import is_valid
+from trainlib.user_code import describe_error
 
 if TYPE_CHECKING:
     from trainlib.augment import Mix
@@ -58,6 +60,11 @@ class Hidden(NamedTuple):
     average: Callable[[list[Tensor]], Tensor]
     """From logits [tokens, vocab_size] by teacher to those of all."""
 
+    def logits(self) -> Tensor:
+        """[tokens, vocab_size] of all, from hidden states [tokens, width]."""
+        return self.average([functional.linear(hidden.to(head.dtype), head)
+                             for hidden, head in zip(self.hidden, self.heads, strict=True)])
+
 
 class SoftLoss:
     """The losses of one task: against its targets, and against the teachers' outputs."""
@@ -89,8 +96,8 @@ class SoftLoss:
         try:
             blank = task.blank_output()
             self.term(blank, blank, task.prepare(task.blank_target()))
-        except ValueError as error:
-            raise UserError(f"{where}_args: {error}") from error
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{where}_args: {describe_error(error)}") from error
 
     def losses(
         self, output: Any, taught: Any, targets: dict[str, Tensor], mix: Mix | None = None
@@ -131,7 +138,7 @@ class SoftLoss:
         hard, soft = [], []
         for rows in token_chunks(len(target_rows), self.task.vocab_size):
             of_chunk = checkpoint(
-                self._chunk_losses, hidden[rows], head, _rows_of(taught, rows), target_rows[rows],
+                self._chunk_losses, hidden[rows], head, rows_of(taught, rows), target_rows[rows],
                 use_reentrant=False, preserve_rng_state=False,
             )
             hard.append(of_chunk[0])
@@ -144,9 +151,10 @@ class SoftLoss:
         student = hidden if head is None else functional.linear(hidden, head)
         if isinstance(taught, Hidden):
             with torch.no_grad():
-                taught = taught.average([functional.linear(*each) for each in
-                                         zip(taught.hidden, taught.heads, strict=True)])
-        return self.task.entry_losses(student, target), self._soft(student, taught, target)
+                taught = taught.logits()
+        hard = self.task.entry_losses(student, target)
+        # A net may have room for more tokens than there are, of which no teacher says anything.
+        return hard, self._soft(student[:, : self.task.vocab_size], taught, target)
 
 
 def token_chunks(num_tokens: int, vocab_size: int) -> Iterator[slice]:
@@ -156,7 +164,12 @@ def token_chunks(num_tokens: int, vocab_size: int) -> Iterator[slice]:
         yield slice(start, min(start + at_a_time, num_tokens))
 
 
-def _rows_of(taught: Any, rows: slice) -> Any:
+def gives_hidden(module: nn.Module) -> bool:
+    """Whether a language model can give hidden states and their matrix instead of logits."""
+    return "hidden_only" in inspect.signature(module.forward).parameters
+
+
+def rows_of(taught: Any, rows: slice) -> Any:
     """The same for some tokens."""
     if isinstance(taught, Hidden):
         return taught._replace(hidden=[one[rows] for one in taught.hidden])

@@ -55,6 +55,9 @@ class TeacherOptions(Options):
                             ("deviation", "model")):
             if getattr(self, name) is not None and owner not in given:
                 raise UserError(f"{name}: belongs to a teacher with {owner}; leave it out")
+        if self.ema and (self.precision != "run" or self.compile is not None):
+            raise UserError("precision, compile: the average of the student has those of the run; "
+                            "leave them out")
         if (self.mean is None) != (self.deviation is None):
             raise UserError("mean and deviation belong together; give both or none")
         return self
@@ -143,6 +146,9 @@ class DistillOptions(TermOptions):
             raise UserError("teachers: none given; name the folder of a run, or set kd_weight to 0")
         if self.cache_top_k is not None and self.cache is None:
             raise UserError("cache_top_k: is for a cache; give cache: logits, too")
+        if self.cache_top_k is not None and self.standardize:
+            raise UserError("cache_top_k: keeps some classes, standardize needs all of them; leave "
+                            "out one of them")
         if self.cache and self.features:
             raise UserError("cache: keeps the teachers' outputs, not the features inside them; "
                             "leave out cache or features")

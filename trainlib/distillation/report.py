@@ -71,9 +71,29 @@ def results_alone(run_dir: Path) -> dict[str, dict] | None:
         return None
 
 
+def of_teachers(
+    found: dict[str, dict], results: dict[str, dict], tasks: list[Task],
+    logged_metrics: Callable[[list[Task], dict[str, dict]], dict[str, float]],
+) -> tuple[dict[str, float], dict[str, float]]:
+    """The teachers' metrics and their agreement with the student, as they are logged.
+
+    Args:
+        found: by task that they know, what ``Comparison`` has found.
+        results: of the student, by task; a task that they do not know is in none of their metrics.
+    """
+    logged = logged_metrics(
+        tasks, {name: found[name]["teacher"] if name in found else result
+                for name, result in results.items()})
+    if len(found) < len(tasks):
+        logged = {key: value for key, value in logged.items()
+                  if key.count("/") > 1 and key.split("/")[1] in found}
+    key = "eval/{}/agreement" if len(tasks) > 1 else "eval/agreement"
+    return logged, {key.format(name): one["agreement"] for name, one in found.items()}
+
+
 def summarize(
-    monitor: str, student: dict[str, float], teacher: dict[str, float],
-    alone: dict[str, float] | None, agreement: dict[str, float],
+    monitor: str, lower_is_better: bool, student: dict[str, float], teacher: dict[str, float],
+    agreement: dict[str, float], alone: dict[str, float] | None,
 ) -> tuple[dict[str, Any], dict[str, float], str]:
     """What a distillation has come to.
 
@@ -81,7 +101,7 @@ def summarize(
         monitor: the key by which the student's weights were chosen.
         student, teacher, alone: logged metrics of the student's best weights, of the teachers, and
             of the same student without them.
-        agreement: by task.
+        agreement: by the key under which it is logged.
 
     Returns:
         The report as JSON, what of it is logged, and lines for the terminal.
@@ -91,16 +111,16 @@ def summarize(
         numbers["teachers"] = teacher[monitor]
     if alone is not None:
         numbers["the same student alone"] = alone[monitor]
-        # Where there is no gap, no share of it can be closed.
-        if monitor in teacher and teacher[monitor] != alone[monitor]:
-            closed = (student[monitor] - alone[monitor]) / (teacher[monitor] - alone[monitor])
+        gap = teacher.get(monitor, math.nan) - alone[monitor]
+        # Where the teachers are no better, there is no gap to close.
+        if (gap < 0 if lower_is_better else gap > 0):
+            closed = (student[monitor] - alone[monitor]) / gap
     lines = [f"{monitor}: " + ", ".join(f"{who} {value:.4f}" for who, value in numbers.items())]
     lines[0] += "" if closed is None else f"; {closed:.0%} of the gap is closed"
     lines.append("agreement with the teachers: " + ", ".join(
-        f"{task} {value:.4f}" for task, value in agreement.items()))
-    prefix = "eval/{}/agreement" if len(agreement) > 1 else "eval/agreement"
+        f"{key} {value:.4f}" for key, value in agreement.items()))
     logged = {key.replace("eval/", "teacher/", 1): value for key, value in teacher.items()}
-    logged |= {prefix.format(task): value for task, value in agreement.items()}
+    logged |= agreement
     logged |= {} if closed is None else {"eval/gap_closed": closed}
     report = {"monitor": monitor, "student": _plain(student), "teachers": _plain(teacher),
               "alone": None if alone is None else _plain(alone), "agreement": _plain(agreement),

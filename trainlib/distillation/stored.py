@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from trainlib.distillation.teachers import Teachers
     from trainlib.tasks import Task
 
-_BATCHES_OF_A_PART = 16
+_SAMPLES_OF_A_PART = 4096
 _TOP_K = ("log_probs", "indices", "tail")
 
 
@@ -59,14 +59,23 @@ class StoredOutputs:
             "teachers": " ".join(teacher.fingerprint() for teacher in teachers.teachers),
             "data": data, "tasks": " ".join(task.name for task in teachers.tasks),
             "top_k": str(self.top_k), "precision": teachers.accelerator.mixed_precision,
+            "batch.eval_size": str(batch_size),  # of a forward pass, which moves the last bits
         }
         if len(teachers.teachers) > 1 or self.top_k is not None:  # one alone has its own logits
             identity |= {"temperature": str(options.temperature), "average": options.average}
         key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
         self.cache = TeacherCache(
             Path(options.cache_dir or f"runs/teacher_outputs/{key}"), identity, len(split),
-            _BATCHES_OF_A_PART * batch_size,
+            _SAMPLES_OF_A_PART,
         )
+
+    def check(self) -> None:
+        """Refuses a folder with other outputs, before anything is written.
+
+        Raises:
+            UserError: as said.
+        """
+        self.cache.check(self.device)
 
     def fill(self, rank: int, world_size: int, say: Callable[[str], object]) -> None:
         """Computes what is missing, each process its share; a killed one goes on there.

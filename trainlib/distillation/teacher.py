@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from copy import deepcopy
 from types import ModuleType
@@ -49,7 +50,7 @@ def build_teachers(
             except ValueError as error:  # pydantic's of the net's options among them
                 raise UserError(f"{where}: {error}") from error
         teacher = Teacher(module, chosen, tasks, where)
-        teacher.check_tokens(tokenizer)
+        teacher.check_inputs(tokenizer, dataset.inputs)
         teacher.try_on(inputs, targets, tasks)
         teachers.append(teacher)
     return teachers
@@ -88,11 +89,14 @@ class Teacher:
         """
         self.module, self.options = module.eval().requires_grad_(False), options
         self.weight, self.where = options.weight, where
+        self.config = getattr(module, "run_config", None) or {"model": options.model}
+        """What the net was trained with; of a bare net only what it is."""
         self.names: dict[str, str] = {}
         """By task of the student, the name of the same one here."""
         self.scales: dict[str, tuple[Tensor, Tensor]] = {}
         """By regression, the factor and offset that make the student's numbers of those here."""
         labels = getattr(module, "label_names", None)
+        kinds = {name: one["kind"] for name, one in self.config.get("tasks", {}).items()}
         for task in tasks:
             name = task.name
             if labels is None:
@@ -102,16 +106,16 @@ class Teacher:
                 [name] = labels  # there is only one thing that it can mean
             if name in labels:
                 self.names[task.name] = name
-                self._check(task, labels[name])
+                self._check(task, labels[name], kinds.get(name, task.kind))
         if not self.names:
             raise UserError(f"{where}: knows {', '.join(labels)}, the student learns "
                             f"{', '.join(task.name for task in tasks)}; give a teacher of one of "
                             "these tasks")
 
-    def _check(self, task: Task, labels: list | dict) -> None:
-        if isinstance(labels, dict) != (task.kind == "regression"):
-            raise UserError(f"{self.where}: its task {self.names[task.name]!r} is of another kind "
-                            f"than {task.kind}; give a teacher of the same kind")
+    def _check(self, task: Task, labels: list | dict, kind: str) -> None:
+        if kind != task.kind:
+            raise UserError(f"{self.where}: its task {self.names[task.name]!r} is a {kind}, the "
+                            f"student's a {task.kind}; give a teacher of the same kind")
         known = labels["columns"] if isinstance(labels, dict) else labels
         if known != task.label_names:
             raise UserError(f"{self.where}: {_difference(known, task.label_names, task.name)}; "
@@ -122,13 +126,18 @@ class Teacher:
             own_mean, own = (torch.tensor(each).double() for each in (task.mean, task.deviation))
             self.scales[task.name] = (deviation / own).float(), ((mean - own_mean) / own).float()
 
-    def check_tokens(self, tokenizer: str | None) -> None:
-        """Refuses a teacher of another tokenizer."""
-        config = getattr(self.module, "run_config", None)
-        own = config["data"].get("tokenizer") if config else tokenizer
+    def check_inputs(self, tokenizer: str | None, columns: list[str] | None) -> None:
+        """Refuses a teacher of another tokenizer or of other columns."""
+        if "data" not in self.config:
+            return
+        own = self.config["data"].get("tokenizer")
         if own != tokenizer:
             raise UserError(f"{self.where}: reads tokens of {own}, the student those of "
                             f"{tokenizer}; both need one tokenizer")
+        own = self.config["data"].get("input")
+        if isinstance(own, list) and columns is not None and own != columns:
+            raise UserError(f"{self.where}: sees the columns {', '.join(own)}, the student "
+                            f"{', '.join(columns)}; both need the same in one order")
 
     @torch.no_grad()
     def try_on(self, inputs: Tensor, targets: dict[str, Tensor], tasks: list[Task]) -> None:
@@ -167,8 +176,11 @@ class Teacher:
             self.module.compile(backend=self.options.compile, dynamic=False)
 
     def fingerprint(self) -> str:
-        """Hex digits that are others if a weight, a buffer, the share or the precision is."""
-        digest = hashlib.sha256(repr((self.weight, self.options.precision)).encode())
+        """Hex digits that are others if the net, a weight, a buffer, its share, its precision, or
+        what it is asked for is; the code of a net of the user's own leaves no trace."""
+        scales = {name: [part.tolist() for part in scale] for name, scale in self.scales.items()}
+        rest = (self.weight, self.options.precision, self.names, scales, self.config["model"])
+        digest = hashlib.sha256(json.dumps(rest, sort_keys=True, default=str).encode())
         for name, tensor in sorted(self.module.state_dict().items()):
             values = tensor.detach().cpu().contiguous().reshape(-1)
             digest.update(repr((name, tensor.dtype, tuple(tensor.shape))).encode())

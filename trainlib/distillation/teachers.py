@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from trainlib import kd_losses
 from trainlib.config import UserError, nearest
-from trainlib.distillation.objective import Hidden
+from trainlib.distillation.objective import Hidden, gives_hidden
 from trainlib.distillation.options import DistillOptions
 from trainlib.distillation.teacher import Teacher, part_of
 
@@ -60,9 +59,14 @@ class Teachers:
                                 f"{task.name!r} sum to 0; give one a weight above 0")
         self.gives_hidden = bool(self.tasks) and options.cache is None and (
             len(tasks) == 1 and tasks[0].kind == "language_modeling"
-            and all(_gives_hidden(teacher.module) for teacher in teachers))
+            and all(gives_hidden(teacher.module) for teacher in teachers))
         for teacher in teachers:
             teacher.to(accelerator.device)
+
+    @property
+    def are_others(self) -> bool:
+        """Whether any of them is another net than the student's own average."""
+        return bool(self.known) and not all(one.options.ema for one in self.teachers)
 
     def follow(self, ema: Ema | None) -> None:
         """Makes copies of the student hold its averaged weights, now and after every step."""
@@ -159,10 +163,6 @@ def student_arguments(
     """What the student is given besides the inputs: of a language model its hidden states are
     asked, whose logits are then made a few at a time, wherever there are teachers."""
     if not teachers.tasks or teachers.tasks[0].kind != "language_modeling" or not (
-            _gives_hidden(student)):
+            gives_hidden(student)):
         return otherwise
     return lambda targets: {"hidden_only": True}
-
-
-def _gives_hidden(module: nn.Module) -> bool:
-    return "hidden_only" in inspect.signature(module.forward).parameters

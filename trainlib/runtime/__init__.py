@@ -4,8 +4,9 @@
 from trainlib.runtime.entry import run
 from trainlib.runtime.folder import RunFolder
 from trainlib.runtime.machine import make_accelerator, make_seeder
-from trainlib.runtime.signals import Preempted, Requests, hold_signals
+from trainlib.runtime.signals import Preempted, Requests, hold_signals, release_signals
 
 __all__ = [
-    "Preempted", "Requests", "RunFolder", "hold_signals", "make_accelerator", "make_seeder", "run",
+    "Preempted", "Requests", "RunFolder", "hold_signals", "make_accelerator", "make_seeder",
+    "release_signals", "run",
 ]

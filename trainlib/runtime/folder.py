@@ -19,7 +19,8 @@ from trainlib.runtime.signals import Preempted
 _EXIT, _LOCK = "exit.json", "run.lock"
 _CODES_OF_ANY_PROCESS = (UserError.exit_code, Preempted.exit_code)
 # Options that may differ when a run goes on: they change no weight. With these it says so.
-_FREE_OPTIONS = ("run_dir", "log.", "data.workers", "data.in_memory", "checkpoint.")
+_FREE_OPTIONS = ("run_dir", "log.", "data.workers", "data.in_memory", "checkpoint.",
+                 "distill.cache_dir", "distill.baseline")
 _LENGTHS = ("loop.duration", "loop.patience")
 # Options that may differ between machines of one run: the data's fingerprint covers them.
 _LOCAL_OPTIONS = (*_FREE_OPTIONS, "data.source", "data.validation_split")

@@ -80,6 +80,10 @@ class Signals:
             raise Preempted(f"{self.received} during start-up")
         self._holds = True
 
+    def release(self) -> None:
+        """A next run of this process starts up: until ``hold`` a signal ends it at once again."""
+        self._holds = self.received is not None
+
     def end(self) -> None:
         """The script is at its end, for whatever reason: a signal no longer interrupts it."""
         self._holds = True
@@ -204,6 +208,12 @@ class Requests:
 
     def _is_signalled(self) -> bool:
         return self._signals is not None and self._signals.received is not None
+
+
+def release_signals() -> None:
+    """Begins the start-up of a next run in this process."""
+    if Signals.installed is not None:
+        Signals.installed.release()
 
 
 def hold_signals(accelerator: "Accelerator", save_every_seconds: float | None) -> Requests:
