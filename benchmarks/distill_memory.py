@@ -14,15 +14,14 @@ other round; the ratios are medians over the rounds.
 """
 
 import argparse
-import re
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
+from gpt_memory import growth
 from torch.nn import functional
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -87,12 +86,6 @@ class Chunks:
         return loss.item()
 
 
-def resident_bytes(name: str) -> int:
-    """VmRSS, held now, or VmHWM, the most since the mark was last set back."""
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return int(re.search(rf"{name}:\s+(\d+) kB", status)[1]) * 1024
-
-
 def measure(arguments: argparse.Namespace) -> tuple[int, float, float]:
     """Bytes and seconds of one step of the side asked for, and its loss."""
     torch.set_num_threads(1)
@@ -106,21 +99,9 @@ def measure(arguments: argparse.Namespace) -> tuple[int, float, float]:
             else Chunks(student, teacher, arguments.vocab))
     side.step(tokens[:1, :8], targets[:1, :8])
     student.zero_grad()
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-    else:
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # VmHWM = VmRSS
-        before = resident_bytes("VmRSS")
-    start = time.perf_counter()
-    loss = side.step(tokens, targets)
-    if device == "cuda":
-        torch.cuda.synchronize()
-        peak = torch.cuda.max_memory_allocated()
-    else:
-        peak = resident_bytes("VmHWM")
-    return peak - before, time.perf_counter() - start, loss
+    losses = []
+    peak, seconds = growth(lambda: losses.append(side.step(tokens, targets)), device)
+    return peak, seconds, losses[0]
 
 
 def measured(side: str) -> list[float]:

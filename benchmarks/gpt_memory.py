@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -42,6 +43,25 @@ def resident_bytes(name: str) -> int:
     return int(re.search(rf"{name}:\s+(\d+) kB", status)[1]) * 1024
 
 
+def growth(run: Callable[[], object], device: str) -> tuple[int, float]:
+    """Bytes by which the peak memory rose in a call, and its seconds."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    else:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # VmHWM = VmRSS
+        before = resident_bytes("VmRSS")
+    start = time.perf_counter()
+    run()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        peak = resident_bytes("VmHWM")
+    return peak - before, time.perf_counter() - start
+
+
 def measure(arguments: argparse.Namespace) -> tuple[int, float]:
     """Bytes and seconds of one step of the side asked for."""
     torch.set_num_threads(1)
@@ -52,21 +72,7 @@ def measure(arguments: argparse.Namespace) -> tuple[int, float]:
     tokens, targets = torch.randint(arguments.vocab, shape, device=device)
     step(model, tokens[:1, :8], targets[:1, :8], arguments.side)
     model.zero_grad()
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-    else:
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # VmHWM = VmRSS
-        before = resident_bytes("VmRSS")
-    start = time.perf_counter()
-    step(model, tokens, targets, arguments.side)
-    if device == "cuda":
-        torch.cuda.synchronize()
-        peak = torch.cuda.max_memory_allocated()
-    else:
-        peak = resident_bytes("VmHWM")
-    return peak - before, time.perf_counter() - start
+    return growth(lambda: step(model, tokens, targets, arguments.side), device)
 
 
 def main() -> None:
