@@ -66,7 +66,7 @@ def main(arguments: list[str]) -> None:
         raise UserError(f"sweep: {error}") from error
     run_dir = Path(options.run_dir or f"runs/{recipe_name(arguments)}")
     runtime.RunFolder(run_dir).check_free()
-    accelerator = runtime.make_accelerator([], options.deterministic, options.cpu_threads)
+    accelerator = runtime.make_accelerator(options.deterministic, options.cpu_threads)
     device, world_size = accelerator.device, accelerator.num_processes
 
     # ---- data and tasks ----

@@ -34,6 +34,7 @@ from trainlib.progress import LoopOptions, Progress, check_monitor, plan_steps
 from trainlib.runlog import LogOptions, RunLog
 from trainlib.schedule import is_time, lr_multiplier
 from trainlib.tasks import TaskOptions
+from trainlib.trackers import Trackers
 
 
 class TrainOptions(Options):
@@ -61,9 +62,7 @@ def main(arguments: list[str]) -> None:
     # ---- options and machine ----
     options = read(TrainOptions, arguments, __doc__)
     folder = runtime.RunFolder(Path(options.run_dir or f"runs/{recipe_name(arguments)}"))
-    accelerator = runtime.make_accelerator(
-        options.log.trackers, options.deterministic, options.cpu_threads
-    )
+    accelerator = runtime.make_accelerator(options.deterministic, options.cpu_threads)
     device, world_size, batch = accelerator.device, accelerator.num_processes, options.batch
 
     # ---- data and tasks ----
@@ -118,12 +117,13 @@ def main(arguments: list[str]) -> None:
     start = checkpoints.find_start(module)
     state = Progress(**start.progress)
     folder.start(accelerator, config, state.step, start.log_sizes)
+    trackers = Trackers(accelerator, run_dir, options.log, config, state.step)
     run_log = RunLog(
-        accelerator, run_dir, options.log, config, total_steps, batch.global_size, num_samples,
+        accelerator, run_dir, options.log, trackers, total_steps, batch.global_size, num_samples,
         state.step,
     )
     checkpoints.open(run_log.say, folder.check_lock)
-    folder.at_exit = [checkpoints.wait, run_log.close]
+    folder.at_exit = [checkpoints.wait, lambda: run_log.close(folder.exit_code)]
     idle = plan.idle_warning(batch.global_size, batch.micro_size, world_size)
     for line in (dataset.description, *notes, models.parameter_table(module), idle, *folder.notes,
                  *start.notes):
@@ -142,6 +142,7 @@ def main(arguments: list[str]) -> None:
     batch_statistics = BatchStatistics(module, num_micro_batches)
     if options.model.compile:
         module.compile(backend=options.model.compile, dynamic=False)  # all shapes are fixed
+    run_log.watch(module, optimizer, lambda: state.step)
     parameters = [p for p in model.parameters() if p.requires_grad]
     max_grad_norm = options.optim.max_grad_norm or float("inf")
     max_grad_value = options.optim.max_grad_value
@@ -284,8 +285,8 @@ def main(arguments: list[str]) -> None:
     if not is_over:
         raise runtime.Preempted(f"stopped by a signal at step {state.step} of {total_steps}: all "
                                 "is saved; run the same command again to go on")
-    run_log.close()
     run_log.summary(state, task_list, monitor, options.loop.patience)
+    run_log.close()
 
 
 if __name__ == "__main__":

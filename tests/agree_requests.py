@@ -18,7 +18,7 @@ SIGNALLED_AT = 3
 
 def main(arguments: list[str]) -> None:
     signals = Signals(lambda reason: os._exit(75))
-    accelerator = runtime.make_accelerator([], False, 1)
+    accelerator = runtime.make_accelerator(False, 1)
     signals.hold()
     by_message = Requests(accelerator, signals, None)
     by_sums = Requests(accelerator, signals, 0.0)

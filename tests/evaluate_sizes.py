@@ -13,7 +13,7 @@ from trainlib.evaluate import evaluate  # noqa: E402
 
 
 def main(arguments: list[str]) -> None:
-    accelerator = runtime.make_accelerator([], False, 1)
+    accelerator = runtime.make_accelerator(False, 1)
     options = data.DataOptions()
     task_options = tasks.resolve({}, ["digit"], ["digit"])
     digits = data.load(data.open_source(options), options, task_options)

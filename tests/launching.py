@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import yaml
 from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import nn
@@ -15,6 +16,12 @@ from trainlib import checkpoint, data
 from trainlib.tasks import TaskOptions
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def recipes() -> list[Path]:
+    """The files of recipes/ that are recipes: a W&B sweep, told by its parameters, is none."""
+    files = sorted((ROOT / "recipes").glob("*.yaml"))
+    return [file for file in files if "parameters" not in yaml.safe_load(file.read_text())]
 
 
 def load(*targets: str, tasks: dict[str, TaskOptions] | None = None, **options) -> data.Dataset:

@@ -19,7 +19,6 @@ def fail(*arguments, **options):
 if __name__ == "__main__":
     tracker = accelerate.tracking.WandBTracker
     if os.environ.get("FAIL_AT") == "log":
-        tracker.start = tracker.store_init_configuration = lambda *arguments: None
         tracker.log = fail
     else:
         tracker.start = fail

@@ -7,7 +7,7 @@ Points: ``start`` (data are being loaded), ``step N`` (at the beginning of step 
 writing), ``write N`` (0.3 s in the writing of checkpoint N), ``final`` (before final/ is written),
 ``text N`` (before the N-th small file appears), ``worker`` (every data worker, as soon as it has
 been forked; the run itself is not struck). ``rank 1`` at the end strikes that process only. The
-moment is written to RUN_DIR.struck.
+moment is written to RUN_DIR.struck. PAUSE: seconds to wait before it.
 """
 
 import importlib
@@ -32,6 +32,7 @@ def strike() -> None:
     if RANK not in (None, os.environ.get("RANK", "0")):
         return
     folder = sys.argv[sys.argv.index("--run_dir") + 1]
+    time.sleep(float(os.environ.get("PAUSE", "0")))
     Path(f"{folder}.struck").write_text(str(time.time()))
     os.kill(os.getpid(), getattr(signal, WORDS[0]))
 

@@ -8,7 +8,17 @@ import sys
 import pytest
 import torch
 import yaml
-from launching import ROOT, assert_same_run, launch, load, losses, records, train, weights
+from launching import (
+    ROOT,
+    assert_same_run,
+    launch,
+    load,
+    losses,
+    recipes,
+    records,
+    train,
+    weights,
+)
 from warm import fork
 
 from trainlib import data
@@ -24,7 +34,7 @@ def test_the_default_command_learns_digits_and_writes_its_folder(tmp_path):
     run = tmp_path / "run"
     assert {p.name for p in run.iterdir()} == {
         "config.yaml", "environment.json", "metrics.jsonl", "exit.json", "best", "final", "wandb",
-        "checkpoints",
+        "checkpoints", "wandb_run.json",
     }
     assert json.loads((run / "exit.json").read_text()) == {
         "code": 0, "reason": "finished", "step": 1348  # ceil(60 * 1437 / 64)
@@ -294,9 +304,7 @@ def test_dynamo_from_the_launcher_leaves_no_trace_in_the_names(tmp_path, monkeyp
     assert load_model(run) and not any("_orig_mod" in name for name in weights(run))
 
 
-@pytest.mark.parametrize(
-    "recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem
-)
+@pytest.mark.parametrize("recipe", recipes(), ids=lambda path: path.stem)
 def test_recipes_train(tmp_path, recipe, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     examples = {"csv": "wine.csv", "image_folder": "digit_images",

@@ -23,6 +23,8 @@ from pydantic import (
     field_validator,
 )
 
+from trainlib import credentials
+
 
 class UserError(ValueError):
     """A mistake the user can mend: reported without a traceback, exit code 2."""
@@ -172,6 +174,7 @@ def read(options_class: type[AnyOptions], arguments: Sequence[str], script: str)
             flags.append(_nested_flag(name, text, mistakes))
     for flag in flags:
         merged = merge(merged, flag)
+    mistakes += credentials.mistakes(merged)
     try:
         options = options_class.model_validate(merged)
     except ValidationError as error:

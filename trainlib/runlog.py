@@ -8,39 +8,54 @@ from __future__ import annotations
 
 import json
 import math
-import netrc
-import os
 import resource
 import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 from accelerate import Accelerator
-from pydantic import Field
+from pydantic import AfterValidator, Field
+from torch import nn
 from tqdm import tqdm
 
-from trainlib.config import Options, parse_yaml
-from trainlib.schedule import is_time
+from trainlib.config import Options
+from trainlib.credentials import redact
+from trainlib.schedule import check_duration, duration_steps, is_time
 
 if TYPE_CHECKING:
     from trainlib.guard import StepRecord
     from trainlib.progress import Progress
     from trainlib.tasks import Task
+    from trainlib.trackers import Trackers
 
 
 class LogOptions(Options):
     every: int = Field(10, ge=1)
     """Steps between training records in metrics.jsonl and the trackers."""
-    trackers: list[Literal["wandb"]] = ["wandb"]
-    """Where records go besides metrics.jsonl; [] for nowhere."""
+    trackers: list[Literal["wandb", "trackio", "tensorboard"]] = ["wandb"]
+    """Where records go besides metrics.jsonl, any number of them; [] for nowhere."""
     project: str = "one-curve"
     """The project's name in the trackers."""
     name: str | None = None
     """The run's name in the trackers; none: the run folder's."""
+    group: str | None = None
+    """A name that runs of one experiment share in wandb and trackio."""
+    job_type: str | None = None
+    """What the run does within its group, in wandb."""
+    tags: list[str] = []
+    """Labels to find the run by, in wandb."""
+    notes: str | None = None
+    """A description of the run, in wandb."""
+    histograms: Annotated[str, AfterValidator(check_duration)] | None = None
+    """Time between histograms of parameters and gradients, as "100 steps" or "1 epoch"; each copies
+    them to the host. None: no histograms."""
+    upload_model: bool = False
+    """Hand final/ and best/ to wandb as versions of a model artifact. Off unless asked for: weights
+    are large, and can tell more about the data than a curve does."""
 
 
 class RunLog:
@@ -51,36 +66,54 @@ class RunLog:
         accelerator: Accelerator,
         folder: Path,
         options: LogOptions,
-        config: str,
+        trackers: Trackers,
         total_steps: int,
         samples_per_step: int,
         num_samples: int,
         first_step: int,
     ):
-        self.accelerator, self.device, self.folder = accelerator, accelerator.device, folder
+        self.device, self.folder, self.options = accelerator.device, folder, options
         self.is_main = accelerator.is_main_process
         self.every, self.total_steps, self.samples_per_step = (
             options.every, total_steps, samples_per_step
         )
-        self.epochs_per_step = samples_per_step / num_samples
+        self.epochs_per_step, self._num_samples = samples_per_step / num_samples, num_samples
         self._last = (first_step, time.perf_counter())
         self._train_loss = math.nan
+        self.trackers = trackers
         if not self.is_main:
             return
-        self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+        self._path = folder / "metrics.jsonl"
+        self._file = self._path.open("a", encoding="utf-8")
         self._bar = None
         if sys.stderr.isatty():
             self._bar = tqdm(
                 total=total_steps, initial=first_step, unit="step", dynamic_ncols=True
             )
-        self._tracking = bool(options.trackers) and self._start_trackers(folder, options, config)
+        self.trackers.start(self.say)
+        if self.trackers:
+            self.trackers.replay(self._records())
 
     def say(self, line: str | None) -> None:
         """One line on the terminal, from the main process; None is silent."""
         if self.is_main and line is not None:
             with suppress(OSError):  # the terminal, or what read the output, has gone away
-                tqdm.write(line, file=sys.stdout)
+                tqdm.write(redact(line), file=sys.stdout)
                 sys.stdout.flush()
+
+    def watch(
+        self, module: nn.Module, optimizer: torch.optim.Optimizer, step: Callable[[], int]
+    ) -> None:
+        """Has histograms taken before an update when it is time, if there are to be any.
+
+        Args:
+            optimizer: unwrapped.
+            step: how many steps have been taken so far.
+        """
+        if self.is_main and self.options.histograms is not None:
+            every = duration_steps(self.options.histograms, self._num_samples,
+                                   self.samples_per_step, self.total_steps)
+            self.trackers.watch(module, optimizer, max(1, every), self.total_steps, step)
 
     def training(
         self, record: StepRecord, losses_of: Callable[[StepRecord], dict[str, float]]
@@ -94,6 +127,7 @@ class RunLog:
             return
         step, now = record.step + 1, time.perf_counter()
         self._train_loss = sum(record.losses)
+        self.trackers.add_histograms(step)
         if not is_time(step, self.every, self.total_steps):
             return
         (last_step, last_time), self._last = self._last, (step, now)
@@ -119,6 +153,8 @@ class RunLog:
             return
         self._last = (self._last[0], self._last[1] + seconds)
         self._write(step, metrics)
+        if is_best:
+            self.trackers.summary(_best(step, metrics))
         numbers = {"train/loss": self._train_loss} | {name: metrics[name] for name in shown}
         numbers = "  ".join(f"{name} {value:.4f}" for name, value in numbers.items())
         self.say(f"step {step:>{len(str(self.total_steps))}}/{self.total_steps}  "
@@ -132,7 +168,12 @@ class RunLog:
     def summary(
         self, state: Progress, tasks: list[Task], monitor: str, patience: int | None
     ) -> None:
-        """Says how the run has ended, and which weights are its result."""
+        """Says how the run has ended, and which weights are its result, on the terminal and in the
+        trackers."""
+        if not self.is_main:
+            return
+        self._end_bar()
+        self._hand_over(state)
         for task in tasks:
             if state.best_results:
                 self.say(f"\n{task.name}, validation, best weights (step {state.best_step}):\n"
@@ -150,19 +191,17 @@ class RunLog:
                 f'them with trainlib.models.load_model("{self.folder}").'
             )
 
-    def close(self) -> None:
-        """Ends the bar, the file and the trackers; a second call does nothing."""
+    def close(self, exit_code: int = 0) -> None:
+        """Ends the bar, the file and the trackers; a second call does nothing.
+
+        Args:
+            exit_code: with which the process will end.
+        """
         if not self.is_main or self._file.closed:
             return
-        if self._bar is not None:
-            self._bar.close()
+        self._end_bar()
         self._file.close()
-        if self._tracking:
-            try:
-                for tracker in self.accelerator.trackers:
-                    tracker.finish()
-            except Exception as error:
-                self.say(f"tracker: could not finish ({_one_line(error)}); the run is complete")
+        self.trackers.close(exit_code)
 
     def _write(self, step: int, values: dict[str, float]) -> None:
         # JSON has no NaN; null says as much, and bad_steps.jsonl tells the story.
@@ -170,31 +209,31 @@ class RunLog:
         record |= {k: v if math.isfinite(v) else None for k, v in values.items()}
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
-        if self._tracking:
-            try:
-                self.accelerator.log(values | {"epoch": record["epoch"]}, step=step)
-            except Exception as error:
-                self._tracking = False
-                self.say(f"tracker: stopped ({_one_line(error)}); metrics.jsonl goes on")
+        self.trackers.log(record)
 
-    def _start_trackers(self, folder: Path, options: LogOptions, config: str) -> bool:
-        settings = {"dir": str(folder), "name": options.name or folder.name}
-        settings["settings"] = {"silent": True, "console": "off", "save_code": False,
-                                "disable_git": True}
-        # Decided before init, which without a key asks for one and waits.
-        if not os.environ.get("WANDB_MODE") and not _has_wandb_key():
-            settings["mode"] = "offline"
-            self.say("wandb: no key found, so this run is logged offline; upload it later with "
-                     f"`wandb sync {folder}/wandb/offline-run-*`")
-        try:
-            self.accelerator.init_trackers(options.project, parse_yaml(config), {"wandb": settings})
-        except Exception as error:
-            self.say(f"tracker: not started ({_one_line(error)}); metrics.jsonl has everything")
-            return False
-        if not self.accelerator.trackers:
-            self.say(f"tracker: {', '.join(options.trackers)} is not installed; metrics.jsonl has "
-                     "everything")
-        return bool(self.accelerator.trackers)
+    def _records(self) -> list[dict]:
+        """Those of before an interruption."""
+        lines = self._path.read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines]
+
+    def _end_bar(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def _hand_over(self, state: Progress) -> None:
+        """Gives the trackers what stands for the run: the best evaluation and, if asked for, the
+        models. The best may be from before an interruption."""
+        if not self.trackers or not state.best_results:
+            return
+        records = [record for record in self._records() if record["step"] == state.best_step]
+        best = {name: value for record in records for name, value in record.items()
+                if name.startswith("eval/")}
+        self.trackers.summary(_best(state.best_step, best))
+        if self.options.upload_model:
+            name = f"{self.options.name or self.folder.name}-model"
+            self.trackers.artifact(name, self.folder / "final", ["final"], {"step": state.step})
+            self.trackers.artifact(name, self.folder / "best", ["best"],
+                                   {"step": state.best_step} | best)
 
     def _peak_gib(self) -> float:
         if self.device.type == "cuda":
@@ -204,15 +243,5 @@ class RunLog:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-def _has_wandb_key() -> bool:
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    try:
-        hosts = netrc.netrc(os.environ.get("NETRC")).hosts
-    except (OSError, netrc.NetrcParseError):
-        return False
-    return any("wandb" in host or host in os.environ.get("WANDB_BASE_URL", "") for host in hosts)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+def _best(step: int, metrics: dict[str, float]) -> dict[str, float]:
+    return {"best/step": step} | {f"best/{name}": value for name, value in metrics.items()}

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 
 from trainlib import agreement, durable
 from trainlib.config import UserError, flatten, is_first_process, parse_yaml
+from trainlib.credentials import redact
 from trainlib.runtime.lock import RunLock, may_be_held
 from trainlib.runtime.machine import describe_machine
 from trainlib.runtime.signals import Preempted
@@ -34,7 +35,7 @@ class RunFolder:
     def __init__(self, path: Path):
         """Names the folder; nothing is looked at or written before ``open``."""
         self.path, self.is_main = path, is_first_process()
-        self.step = 0
+        self.step = self.exit_code = 0
         self.notes: list[str] = []
         """Lines for the log."""
         self.at_exit: list[Callable[[], object]] = []
@@ -163,6 +164,7 @@ class RunFolder:
 
     def close(self, code: int, reason: str | None) -> None:
         """Writes ``exit.json``, if there is a reason to tell, and ends what is still going on."""
+        self.exit_code = code
         try:
             if reason is not None:
                 self._record(code, reason)
@@ -211,7 +213,7 @@ class RunFolder:
             may_write = code == _CODES_OF_ANY_PROCESS[-1] and self._may_leave_word()
         if may_write:
             self.path.mkdir(parents=True, exist_ok=True)
-            entry = {"code": code, "reason": reason, "step": self.step}
+            entry = {"code": code, "reason": redact(reason), "step": self.step}
             durable.write_text(file, json.dumps(entry) + "\n")
 
     def _may_leave_word(self) -> bool:

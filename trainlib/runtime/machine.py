@@ -17,17 +17,15 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 
 from trainlib.config import UserError
+from trainlib.credentials import redact
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt, malloc.h
 
 
-def make_accelerator(
-    trackers: list[str], deterministic: bool, cpu_threads: int
-) -> Accelerator:
+def make_accelerator(deterministic: bool, cpu_threads: int) -> Accelerator:
     """The Accelerator, after the refusals.
 
     Args:
-        trackers: Accelerate's names of them.
         deterministic: only algorithms that give the same bits each time; on a GPU slower.
         cpu_threads: of this process, whatever the launcher set.
 
@@ -60,7 +58,6 @@ def make_accelerator(
     try:
         accelerator = Accelerator(
             gradient_accumulation_steps=1,
-            log_with=trackers or None,
             # Buffers are the same everywhere by construction; broadcasting would cost a message.
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
@@ -122,7 +119,7 @@ def describe_machine(accelerator: Accelerator) -> dict:
         git = ""
     device = accelerator.device
     return {
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": [Path(sys.argv[0]).name, *map(redact, sys.argv[1:])],
         "git_commit": git or None,
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -1,0 +1,434 @@
+"""Trackers mirror metrics.jsonl: every record once, whatever happens, and never a secret."""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from launching import ROOT, assert_same_run, launch, records, train
+from PIL import Image
+from warm import fork
+
+from train import TrainOptions
+from trainlib import config, credentials
+from trainlib.runlog import LogOptions
+from trainlib.trackers import Trackers
+from trainlib.trackers.histograms import Histograms
+from trainlib.trackers.weights_and_biases import WeightsAndBiases
+
+SHORT = ["--batch.micro_size", "16", "--loop.duration", "60 steps", "--loop.eval_every", "7 steps",
+         "--log.every", "2", "--checkpoint.every", "11 steps"]
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory) -> Path:
+    """A run without trackers."""
+    return train(tmp_path_factory.mktemp("bare") / "run", *SHORT)
+
+
+def contents(folder: Path) -> list[dict]:
+    """What a run's sessions left in W&B's files, in order, through W&B's own reader."""
+    found = []
+    for file in sorted(folder.glob("wandb/*run-*/run-*.wandb")):
+        command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
+        output = subprocess.run(command, capture_output=True, check=True, timeout=60).stdout
+        found += [json.loads(line) for line in output.splitlines()]
+    return found
+
+
+def of_type(items: list[dict], kind: str) -> list[dict]:
+    return [item[kind] for item in items if item["type"] == kind]
+
+
+def history(folder: Path) -> list[dict]:
+    items = [record["item"] for record in of_type(contents(folder), "history")]
+    return [{k: v for k, v in item.items() if not k.startswith("_")} for item in items]
+
+
+def summary(folder: Path) -> dict:
+    merged = {}
+    for item in of_type(contents(folder), "summary"):
+        merged |= item.get("update", {})
+    return merged
+
+
+def assert_every_record_once(run: Path) -> None:
+    """W&B's history and metrics.jsonl hold the same keys at the same steps, each once, and the
+    same numbers but for clocks, of which a replayed step has two."""
+    def plain(rows):
+        return sorted(
+            json.dumps({k: v for k, v in row.items() if not k.startswith(("speed/", "memory/"))},
+                       sort_keys=True)
+            for row in rows
+        )
+
+    def keys(rows):
+        return Counter((row["step"], frozenset(row)) for row in rows)
+
+    logged = history(run)
+    assert keys(logged) == keys(records(run)) and max(keys(logged).values()) == 1
+    # JSON of W&B writes 1.0 as 1.
+    assert [json.loads(row) for row in plain(logged)] == [
+        json.loads(row) for row in plain(records(run))
+    ]
+
+
+def stand_ins(folder: Path, trackers: str, *flags: str, **environment: str):
+    names = [words.split()[0] for words in trackers.split(",")]
+    return launch(["--run_dir", str(folder), "--log.trackers", f"[{', '.join(names)}]", *SHORT,
+                   *flags], script="tests/fake_trackers.py", TRACKERS=trackers, **environment)
+
+
+def test_a_run_is_in_wandb_as_it_is_in_its_folder(tmp_path, bare):
+    named = ["--log.project", "digits", "--log.name", "first", "--log.group", "sizes",
+             "--log.job_type", "train", "--log.tags", "[small, quick]", "--log.notes", "a note",
+             "--log.upload_model", "--log.histograms", "20 steps"]
+    run = tmp_path / "run"
+    result = fork(["--run_dir", str(run), *SHORT, *named], XDG_DATA_HOME=str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    assert_same_run(bare, run)
+    items = contents(run)
+    [described] = of_type(items, "run")
+    given = {"project": "digits", "display_name": "first", "run_group": "sizes",
+             "job_type": "train", "tags": ["small", "quick"], "notes": "a note"}
+    assert {name: described.get(name) for name in given} == given
+    assert described["run_id"] == json.loads((run / "wandb_run.json").read_text())["id"]
+    [stored] = [item["update"] for item in of_type(items, "config")]
+    stored = {name: value for name, value in stored.items() if name != "_wandb"}
+    assert stored == yaml.safe_load((run / "config.yaml").read_text())
+    metrics = of_type(items, "metric")
+    assert any(m.get("glob_name") == "*" and m["step_metric"] == "step" for m in metrics)
+
+    logged = [row for row in history(run) if not any("gradients/" in key for key in row)]
+    assert [row["step"] for row in logged] == [record["step"] for record in records(run)]
+    for row, record in zip(logged, records(run), strict=True):
+        assert row == pytest.approx(record, rel=0, abs=0)
+    pictured = [row for row in history(run) if any("gradients/" in key for key in row)]
+    assert [row["step"] for row in pictured] == [20, 40, 60]
+    assert any(key.startswith("parameters/1.weight") for key in pictured[0])
+
+    last = summary(run)
+    evaluations = [record for record in records(run) if "eval/accuracy" in record]
+    best = max(evaluations, key=lambda record: record["eval/accuracy"])  # the first of equals
+    assert last["best/step"] == best["step"]
+    assert last["best/eval/accuracy"] == best["eval/accuracy"]
+    assert last["best/eval/loss"] == best["eval/loss"]
+    assert last["eval/loss"] == evaluations[-1]["eval/loss"]
+    models = of_type(items, "artifact")
+    assert [set(model["aliases"]) for model in models] == [{"final", "latest"}, {"best", "latest"}]
+    assert all(model["type"] == "model" and model["name"] == "first-model" for model in models)
+    assert str(best["eval/accuracy"])[:8] in json.dumps(models[1])
+    assert [item["exit_code"] for item in of_type(items, "exit")] == [0]
+    environment = json.dumps(of_type(items, "environment"))
+    assert '"git"' not in environment
+    assert not list(run.glob("wandb/*run-*/files/*.py"))
+
+
+@pytest.mark.parametrize("pause", ["0", "2.5"], ids=["nothing was written", "all was written"])
+def test_a_killed_and_continued_run_has_every_step_once(tmp_path, bare, pause):
+    """W&B's process keeps records for a second and dies with the run: the records of the killed
+    session are lost in one case, and are there beyond the checkpoint in the other."""
+    run = tmp_path / "run"
+    for step in (6, 37, 52):  # before the first checkpoint, and twice after one
+        killed = fork(["--run_dir", str(run), *SHORT], script="tests/struck_train.py",
+                      STRIKE=f"SIGKILL step {step}", PAUSE=pause)
+        assert killed.returncode == -9, killed.stderr
+        session = [row["step"] for row in history(run)]
+        if pause != "0":
+            assert max(session) >= step - 2
+        elif step == 6:
+            assert session == []
+    result = fork(["--run_dir", str(run), *SHORT])
+    assert result.returncode == 0, result.stderr
+    assert_same_run(bare, run)
+    assert_every_record_once(run)
+    assert len(list(run.glob("wandb/*run-*"))) == 4
+    runs = of_type(contents(run), "run")
+    assert len({item["run_id"] for item in runs}) == 1 and all(item["resume"] for item in runs)
+    assert summary(run)["best/step"] <= 60
+
+
+def test_a_stopped_run_is_marked_as_preempted_and_goes_on(tmp_path, bare):
+    run = tmp_path / "run"
+    stopped = launch(["--run_dir", str(run), *SHORT], script="tests/struck_train.py",
+                     STRIKE="SIGTERM step 30")
+    assert stopped.returncode == 75, stopped.stderr
+    items = contents(run)
+    assert [item["exit_code"] for item in of_type(items, "exit")] == [75]
+    assert any(item["type"] == "preempting" for item in items)
+    assert fork(["--run_dir", str(run), *SHORT]).returncode == 0
+    assert_same_run(bare, run)
+    assert_every_record_once(run)
+
+
+def test_a_tracker_that_is_added_later_gets_what_it_missed(tmp_path, bare):
+    run = tmp_path / "run"
+    fork(["--run_dir", str(run), *SHORT, "--log.trackers", "[]"], script="tests/struck_train.py",
+         STRIKE="SIGKILL step 50")
+    assert fork(["--run_dir", str(run), *SHORT]).returncode == 0
+    assert_same_run(bare, run)
+    assert_every_record_once(run)
+
+
+class Server:
+    """What a resumed online run knows of itself."""
+
+    def __init__(self, step: int | None):
+        self.resumed, self.summary = step is not None, {"step": step}
+        self.tracker = self
+
+    def define_metric(self, *_, **__):
+        pass
+
+
+@pytest.mark.parametrize("known", [None, 0, 4, 9])
+def test_online_the_server_says_what_reached_it(tmp_path, monkeypatch, known):
+    """Not tried with a real server: none can be reached from here."""
+    monkeypatch.setenv("WANDB_MODE", "online")
+    tracker = WeightsAndBiases(tmp_path, LogOptions(), 6)
+    assert tracker.settings()["id"] == WeightsAndBiases(tmp_path, LogOptions(), 0).settings()["id"]
+    tracker._written = {step: {"step", "epoch", "train/loss"} for step in range(10)}
+    tracker.started(Server(known))
+    for step in range(12):
+        training = {"step": step, "epoch": 0.0, "train/loss": 1.0}
+        evaluation = {"step": step, "epoch": 0.0, "eval/loss": 1.0}
+        assert tracker.has(training) == (known is not None and step <= known)
+        assert tracker.has(evaluation) == (known is not None and step < known)
+
+
+@pytest.mark.parametrize("trackers, said", [
+    ("wandb start", "tracker: wandb not started (no such server"),
+    ("wandb log", "tracker: stopped: wandb (no such server"),
+    ("wandb finish", "tracker: could not finish: wandb (no such server"),
+    ("wandb hang start", "tracker: wandb not started (no answer within 2 s)"),
+    ("wandb hang finish", "tracker: could not finish: wandb (no answer within 2 s)"),
+])
+def test_a_tracker_that_fails_or_hangs_changes_no_bit_and_one_line_says_so(
+    tmp_path, bare, trackers, said
+):
+    run = tmp_path / "run"
+    result = stand_ins(run, trackers)
+    assert result.returncode == 0, result.stderr
+    [line] = [line for line in result.stdout.splitlines() if line.startswith("tracker:")]
+    assert line.startswith(said) and "CANARY" not in result.stdout + result.stderr
+    assert_same_run(bare, run)
+    assert json.loads((run / "exit.json").read_text())["code"] == 0
+
+
+def test_each_of_several_trackers_gets_every_record_and_fails_alone(tmp_path, bare):
+    run = tmp_path / "run"
+    result = stand_ins(run, "tensorboard,wandb log,trackio")
+    assert result.returncode == 0, result.stderr
+    lines = [line for line in result.stdout.splitlines() if line.startswith("tracker:")]
+    assert len(lines) == 1 and "wandb" in lines[0]
+    assert_same_run(bare, run)
+    for name in ("tensorboard", "trackio"):
+        written = (tmp_path / f"run.{name}.jsonl").read_text().splitlines()
+        written = [json.loads(line) for line in written]
+        assert [line["point"] for line in (written[0], written[-1])] == ["start", "finish"]
+        logged = [line for line in written if line["point"] == "log"]
+        assert [(line["at"], float(line["values"].get("train/loss", 0))) for line in logged] == [
+            (record["step"], record.get("train/loss", 0)) for record in records(run)
+        ]
+
+
+def test_a_package_that_is_missing_is_named(tmp_path, monkeypatch):
+    import accelerate.tracking
+    from accelerate import Accelerator
+
+    monkeypatch.setattr(accelerate.tracking, "_available_trackers", [])
+    said: list[str] = []
+    options = LogOptions(trackers=["wandb", "trackio", "tensorboard", "wandb"])
+    trackers = Trackers(Accelerator(cpu=True), tmp_path, options, "{}", 0)
+    trackers.start(said.append)
+    assert not trackers and [line.split()[1] for line in said] == options.trackers[:3]
+    assert all("is not installed" in line for line in said)
+
+
+def test_a_server_that_does_not_answer_costs_a_while_and_the_run_is_logged_offline(tmp_path):
+    result = launch(["--run_dir", str(tmp_path / "run"), *SHORT], WANDB_MODE=None,
+                    WANDB_API_KEY="CANARY" * 7, WANDB_BASE_URL="http://127.0.0.1:9")
+    assert result.returncode == 0, result.stderr
+    [line] = [line for line in result.stdout.splitlines() if line.startswith(("wandb", "tracker"))]
+    assert "not started" in line and "wandb sync" in line and "wandb leet" in line
+    assert_every_record_once(tmp_path / "run")
+    assert holding(b"CANARY", tmp_path) == []
+
+
+def test_pictures_tables_and_artifacts_arrive(tmp_path, monkeypatch):
+    from accelerate import Accelerator
+
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    Image.new("RGB", (4, 3)).save(tmp_path / "curves.png")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "weights").write_text("1")
+    said: list[str] = []
+    trackers = Trackers(Accelerator(cpu=True), tmp_path, LogOptions(), "{a: 1}", 0)
+    trackers.start(said.append)
+    trackers.log({"step": 5, "epoch": 0.5, "train/loss": None})
+    trackers.images({"curves": tmp_path / "curves.png"})
+    trackers.table("mistakes", ["image", "target", "confidence"],
+                   [[tmp_path / "curves.png", "7", 0.5], [tmp_path / "curves.png", "8", 0.25]])
+    trackers.artifact("my run", tmp_path / "model", ["final"], {"step": 5})
+    trackers.summary({"best/step": 5})
+    trackers.close(0)
+    assert said == []
+    loss, picture, table = history(tmp_path)
+    assert loss["train/loss"] == "NaN" and picture["step"] == table["step"] == 5
+    assert "curves" in json.dumps(picture) and "mistakes" in json.dumps(table)
+    media = {file.suffix for file in tmp_path.glob("wandb/*run-*/files/media/**/*.*")}
+    assert media == {".png", ".json"}
+    [uploaded] = [a for a in of_type(contents(tmp_path), "artifact") if a["type"] == "model"]
+    assert uploaded["name"] == "my-run"
+
+
+def test_histograms_are_those_of_the_gradients_that_the_optimizer_gets():
+    module = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    taken = Histograms(module, optimizer, 2, 5, lambda: step)
+    for step in range(5):
+        torch.nn.init.ones_(module.bias)
+        module.weight.grad, module.bias.grad = torch.randn(2, 3), torch.tensor([1.0, torch.nan])
+        gradient, before = module.weight.grad.clone(), module.weight.detach().clone()
+        optimizer.step()
+        found = taken.pop(step + 1)
+        if step + 1 not in (2, 4, 5):
+            assert found == {}
+            continue
+        assert set(found) == {"parameters/weight", "parameters/bias", "gradients/weight"}
+        for name, values in (("gradients/weight", gradient), ("parameters/weight", before)):
+            counts, edges = np.histogram(values.double().numpy(), bins=64)
+            assert np.array_equal(found[name][0], counts)
+            assert np.array_equal(found[name][1], edges)
+    assert taken.pop(5) == {}
+
+
+def holding(word: bytes, folder: Path) -> list[Path]:
+    """The files under a folder in which a word stands."""
+    return [file for file in folder.rglob("*") if file.is_file() and word in file.read_bytes()]
+
+
+def test_no_secret_of_the_environment_reaches_a_file(tmp_path):
+    secret = "CANARY-7f3a9c5e"
+    names = ("WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET", "DATABASE_PASSWORD", "MY_KEY")
+    environment = {name: f"{secret}-{name}" for name in names}
+    environment |= {"HTTPS_PROXY": f"http://user:{secret}@127.0.0.1:9", "HOME": str(tmp_path)}
+    run = tmp_path / "run"
+    result = fork(["--run_dir", str(run), *SHORT, "--log.upload_model"],
+                  XDG_DATA_HOME=str(tmp_path), **environment)
+    assert result.returncode == 0 and secret not in result.stdout + result.stderr
+    assert len(list(run.glob("wandb/*run-*/**/*"))) > 3
+    assert holding(secret.encode(), tmp_path) == []
+
+
+SECRETS = [
+    ["--model.args.api_key", "CANARY"], ["--model.args.password=CANARY"],
+    ["--data.source", "https://user:CANARY@host/data.csv"],
+    ["--data.source", "https://CANARY@host/data.csv"],
+    ["--data.source", "https://host/data.csv?access_token=CANARY"],
+    ["--log.notes", "the token is CANARY-of-mine"],
+    ["--log.tags", "[x, 's3://key:CANARY@bucket/x']"],
+]
+
+
+@pytest.mark.parametrize("flags", SECRETS, ids=[" ".join(flags) for flags in SECRETS])
+def test_an_option_that_holds_a_secret_is_refused_without_repeating_it(
+    tmp_path, monkeypatch, flags
+):
+    import train as script
+
+    monkeypatch.setenv("MY_TOKEN", "CANARY-of-mine")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(config.UserError) as caught:
+        script.main(["--log.trackers", "[]", *flags])
+    lines = [line for line in str(caught.value).splitlines() if "would pass on" in line]
+    option = flags[0].removeprefix("--").partition("=")[0]
+    assert len(lines) == 1 and lines[0].startswith(f"{option}: ")
+    assert "CANARY" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("options", [
+    {"model": {"args": {"pad_token": "<pad>", "mask_token": "[MASK]", "api_key": None}}},
+    {"data": {"source": "https://host:8080/a.csv?page=3", "token_range": "5"}},
+    {"log": {"notes": "mail me@host.org: a/b@c", "name": "key"}},
+    {"data": {"source": "ssh://git@host/data", "keys": ["x"]}},
+])
+def test_what_is_no_secret_is_left_alone(options):
+    assert credentials.mistakes(options) == []
+
+
+def test_texts_lose_their_secrets(monkeypatch):
+    monkeypatch.setenv("SOME_KEY", "abcdefgh1234")
+    monkeypatch.setenv("SHORT_KEY", "abc")
+    text = "GET http://me:pw@host/x?api_key=5&page=2 with abcdefgh1234; abc"
+    assert credentials.redact(text) == "GET http://***@host/x?api_key=***&page=2 with ***; abc"
+
+
+def test_the_sweep_gives_flags_that_the_script_takes():
+    from wandb.sdk.launch.sweeps import utils
+
+    sweep = yaml.safe_load((ROOT / "recipes" / "sweep.yaml").read_text())
+    assert (ROOT / sweep["program"]).exists() and sweep["method"] in ("bayes", "random", "grid")
+    assert sweep["metric"]["name"] == "best/eval/accuracy"
+    options = []
+    for end in (0, -1):
+        drawn = {}
+        for name, described in sweep["parameters"].items():
+            values = described.get("values") or [described["min"], described["max"]]
+            drawn[name] = {"value": values[end]}
+        filled = {"${args}": utils.create_sweep_command_args({"args": drawn})["args"]}
+        filled |= {"${env}": ["/usr/bin/env"], "${interpreter}": ["echo"],
+                   "${program}": [sweep["program"]]}
+        command = [word for part in sweep["command"] for word in filled.get(part, [part])]
+        echoed = subprocess.run(
+            command, env=os.environ | {"WANDB_RUN_ID": "id 1"}, capture_output=True, text=True,
+            check=True, cwd=ROOT,
+        ).stdout.strip()
+        assert echoed.endswith("--run_dir runs/sweep/id 1")
+        script, *flags = command[command.index(sweep["program"]):]
+        options.append(config.read(TrainOptions, flags, ""))
+    for name in sweep["parameters"]:
+        first, second = (config.flatten(one.model_dump())[name] for one in options)
+        assert first != second, name
+
+
+def test_tensorboard_has_every_record_once_after_a_kill(tmp_path):
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run, flags = tmp_path / "run", [*SHORT, "--log.trackers", "[tensorboard]",
+                                    "--log.histograms", "20 steps"]
+    fork(["--run_dir", str(run), *flags], script="tests/struck_train.py",
+         STRIKE="SIGKILL step 37")
+    result = fork(["--run_dir", str(run), *flags])
+    assert result.returncode == 0 and "tracker:" not in result.stdout, result.stdout + result.stderr
+    events = EventAccumulator(str(run / "tensorboard"), {"scalars": 0}).Reload()
+    losses = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    assert losses == [(record["step"], float(np.float32(record["train/loss"])))
+                      for record in records(run) if "train/loss" in record]
+    assert len(events.Tags()["histograms"]) > 4
+
+
+def test_trackio_has_every_record_once_after_a_stop(tmp_path, monkeypatch):
+    pytest.importorskip("trackio", reason="trackio is not installed")
+    environment = {"TRACKIO_DIR": str(tmp_path / "trackio")}
+    run, flags = tmp_path / "run", [*SHORT, "--log.trackers", "[trackio]",
+                                    "--log.histograms", "20 steps"]
+    launch(["--run_dir", str(run), *flags], script="tests/struck_train.py",
+           STRIKE="SIGTERM step 37", **environment)
+    result = launch(["--run_dir", str(run), *flags], **environment)
+    assert result.returncode == 0 and "tracker:" not in result.stdout, result.stdout + result.stderr
+    code = ("import json; from trackio.sqlite_storage import SQLiteStorage as s; "
+            "print(json.dumps(s.get_logs('one-curve', 'run'), default=str))")
+    logged = subprocess.run([sys.executable, "-c", code], env=os.environ | environment,
+                            capture_output=True, text=True, check=True).stdout.splitlines()[-1]
+    losses = [(row["step"], row["train/loss"]) for row in json.loads(logged) if "train/loss" in row]
+    assert losses == [(record["step"], record["train/loss"]) for record in records(run)
+                      if "train/loss" in record]

@@ -1,0 +1,186 @@
+"""Weights & Biases: one run, however often it is interrupted.
+
+The run's id is chosen here and saved before the first contact. The x axis is our own step; W&B's
+counter is never given, because it refuses to go back. What an interrupted run's records came to is
+asked of the server where it knows the run, else of the run's own files: the process that writes
+them holds records back for a while and dies with the script (measured: a SIGKILL 0.1 s after 50
+records left none of them with the default of 15 s).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import netrc
+import os
+import re
+import secrets
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainlib import durable
+from trainlib.trackers.others import Record, Tracker
+
+if TYPE_CHECKING:
+    from accelerate.tracking import GeneralTracker
+
+    from trainlib.runlog import LogOptions
+    from trainlib.trackers.histograms import Histogram
+
+_ID_FILE = "wandb_run.json"
+_INIT_SECONDS, _FINISH_SECONDS, _FLUSH_SECONDS, _READ_SECONDS = 20, 60, 1, 120
+_PREEMPTED = 75  # the exit code of a run that goes on when it is started again
+
+
+class WeightsAndBiases(Tracker):
+    """Weights & Biases, online where there is a key, else in files of the run folder."""
+
+    name = "wandb"
+
+    def __init__(self, folder: Path, options: LogOptions, first_step: int):
+        super().__init__(folder, options, first_step)
+        self._id = _run_id(folder)
+        self._mode = os.environ.get("WANDB_MODE") or None
+        # Decided before init, which without a key asks for one and waits.
+        if self._mode is None and not _has_key():
+            self._go_offline("no key found")
+        self._written: dict[int, set[str]] = {}
+        self._is_retry = False
+
+    def settings(self) -> dict[str, Any]:
+        try:
+            self._written = _written_keys(self.folder, self._id)
+            self._last_known = max(self._written, default=-1)
+        except (OSError, ValueError, subprocess.SubprocessError):
+            # Then what stands in metrics.jsonl counts as logged, and is not logged once more.
+            self._last_known = self.first_step + 1
+        if self._is_retry:
+            import wandb
+
+            wandb.teardown()  # the former attempt still holds the run's id
+        options, mode = self.options, {} if self._mode is None else {"mode": self._mode}
+        return mode | {
+            "id": self._id, "resume": "allow", "dir": str(self.folder), "name": self.run_name,
+            "group": options.group, "job_type": options.job_type, "tags": options.tags or None,
+            "notes": options.notes,
+            "settings": {
+                "silent": True, "console": "off", "save_code": False, "disable_code": True,
+                "disable_git": True, "init_timeout": _INIT_SECONDS,
+                "finish_timeout": _FINISH_SECONDS,
+                "x_transaction_log_flush_interval": _FLUSH_SECONDS,
+            },
+        }
+
+    def start_again(self, error: Exception) -> bool:
+        if self._mode not in (None, "online", "shared") or isinstance(error, TimeoutError):
+            return False
+        self._is_retry = True
+        self._go_offline(f"not started ({' '.join(str(error).split())[:120]})")
+        return True
+
+    def started(self, tracker: GeneralTracker) -> None:
+        super().started(tracker)
+        self.run = tracker.tracker
+        if self.run.resumed:
+            # A server has what reached it, whatever the files here say.
+            self._last_known = self.run.summary.get("step", -1)
+        elif self._mode != "offline":
+            self._last_known = -1
+        self.run.define_metric("step", hidden=True)
+        self.run.define_metric("*", step_metric="step")
+
+    def has(self, record: Record) -> bool:
+        step = record["step"]
+        if step != self._last_known:
+            return step < self._last_known
+        return record.keys() <= self._written.get(step, set())
+
+    def log(self, record: Record) -> None:
+        self.step = record["step"]
+        self.tracker.log({k: math.nan if v is None else v for k, v in record.items()})
+
+    def histograms(self, step: int, histograms: Mapping[str, Histogram]) -> None:
+        import wandb
+
+        self.log({"step": step} | {name: wandb.Histogram(np_histogram=value)
+                                   for name, value in histograms.items()})
+
+    def summary(self, values: Mapping[str, float]) -> None:
+        self.run.summary.update(dict(values))
+
+    def images(self, images: Mapping[str, Path]) -> None:
+        import wandb
+
+        self.log({"step": self.step} | {name: wandb.Image(str(file))
+                                        for name, file in images.items()})
+
+    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence]) -> None:
+        import wandb
+
+        data = [[wandb.Image(str(cell)) if isinstance(cell, Path) else cell for cell in row]
+                for row in rows]
+        self.log({"step": self.step, name: wandb.Table(columns=list(columns), data=data)})
+
+    def artifact(
+        self, name: str, folder: Path, aliases: Sequence[str], metadata: Mapping[str, Any]
+    ) -> None:
+        import wandb
+
+        name = re.sub(r"[^\w.-]", "-", name, flags=re.ASCII)  # all that W&B takes
+        artifact = wandb.Artifact(name, type="model", metadata=dict(metadata))
+        artifact.add_dir(str(folder))
+        self.run.log_artifact(artifact, aliases=list(aliases))
+
+    def finish(self, exit_code: int) -> None:
+        if exit_code == _PREEMPTED:
+            self.run.mark_preempting()
+        self.run.finish(exit_code=exit_code)
+
+    def _go_offline(self, reason: str) -> None:
+        self._mode = "offline"
+        logs = self.folder / "wandb"
+        self.notes.append(f"wandb: {reason}, so this run is logged offline; look at it with `wandb "
+                          f"leet {logs}`, upload it with `wandb sync {logs}/offline-run-*`")
+
+
+def _run_id(folder: Path) -> str:
+    """The id of this folder's run: the one that was saved, a sweep's, or a new one."""
+    file = folder / _ID_FILE
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))["id"]
+    except (OSError, ValueError, LookupError, TypeError):
+        run_id = os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
+        durable.write_text(file, json.dumps({"id": run_id}) + "\n")
+        return run_id
+
+
+def _written_keys(folder: Path, run_id: str) -> dict[int, set[str]]:
+    """The keys at each step in the files of the run's earlier sessions, by W&B's own reader.
+
+    Raises:
+        OSError, ValueError, subprocess.SubprocessError: they cannot be read.
+    """
+    keys: dict[int, set[str]] = {}
+    for file in sorted(folder.glob(f"wandb/*run-*-{run_id}/run-{run_id}.wandb")):
+        command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
+        output = subprocess.run(command, capture_output=True, check=True, timeout=_READ_SECONDS)
+        for line in output.stdout.splitlines():
+            item = json.loads(line).get("history", {}).get("item", {})
+            if "step" in item:
+                # A histogram or a picture is shown as several keys: NAME._type and others.
+                names = {key.removesuffix("._type") for key in item}
+                keys.setdefault(item["step"], set()).update(names)
+    return keys
+
+
+def _has_key() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        hosts = netrc.netrc(os.environ.get("NETRC")).hosts
+    except (OSError, netrc.NetrcParseError):
+        return False
+    return any("wandb" in host or host in os.environ.get("WANDB_BASE_URL", "") for host in hosts)
