@@ -470,9 +470,16 @@ def test_it_runs_as_a_module_and_needs_no_torch(make_run):
     assert done.stderr == "" and len(done.stdout.splitlines()) == 3
 
 
-def test_a_sweep_is_drawn_as_before(tmp_path):
+def test_a_sweep_is_drawn_and_its_answer_marked(tmp_path):
     lrs = np.geomspace(1e-6, 1, 50)
     losses = 1 + np.cos(np.linspace(0, 3, 50))
-    plots.draw_sweep(tmp_path / "a.png", lrs, losses, losses - 0.1, losses + 0.1, losses,
-                     {"edge": 1e-3, "steepest": 1e-2, "none": None}, "a verdict")
-    assert_picture(tmp_path / "a.png", (1200, 675))
+    pictures = []
+    for answer in (None, 2e-5):
+        file = tmp_path / f"{answer}.png"
+        plots.draw_sweep(file, lrs, losses, losses - 0.1, losses + 0.1, (lrs, losses),
+                         {"edge": 1e-3, "steepest": 1e-2, "none": None}, answer, "a verdict " * 30)
+        assert_picture(file, (1200, 675))
+        pictures.append(file.read_bytes())
+    assert pictures[0] != pictures[1]
+    plots.draw_sweep(tmp_path / "empty.png", [], [], [], [], None, {}, None, "nothing to see")
+    assert (tmp_path / "empty.png").exists()
