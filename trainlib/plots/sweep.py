@@ -47,6 +47,6 @@ def draw_sweep(
         axes.set_xlabel("learning rate")
         axes.set_ylabel("training loss")
         axes.set_title("\n".join(textwrap.wrap(title, _TITLE_WIDTH)))
-        if lrs:
+        if len(lrs):
             axes.legend()
         axes.grid()
