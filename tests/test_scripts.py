@@ -34,8 +34,9 @@ def test_the_default_command_learns_digits_and_writes_its_folder(tmp_path):
     run = tmp_path / "run"
     assert {p.name for p in run.iterdir()} == {
         "config.yaml", "environment.json", "metrics.jsonl", "exit.json", "best", "final", "wandb",
-        "checkpoints", "wandb_run.json",
+        "checkpoints", "wandb_run.json", "curves.png", "confusion_matrix.png", "per_class.csv",
     }
+    assert "pictures" not in result.stdout  # of which a line would say that they failed
     assert json.loads((run / "exit.json").read_text()) == {
         "code": 0, "reason": "finished", "step": 1348  # ceil(60 * 1437 / 64)
     }
@@ -63,6 +64,21 @@ def test_the_default_command_learns_digits_and_writes_its_folder(tmp_path):
     with torch.no_grad():
         right = model(validation.inputs).argmax(1) == validation.targets["digit"]
     assert right.double().mean().item() == pytest.approx(best, abs=1e-12)
+
+
+def test_a_run_does_not_fail_for_want_of_a_picture(tmp_path, monkeypatch, capsys):
+    import train as script
+    from trainlib import plots
+
+    def fails(folder, say):
+        raise OSError("no room left")
+
+    monkeypatch.setattr(plots, "draw_run", fails)
+    torch.set_num_threads(1)
+    script.main(["--run_dir", str(tmp_path / "run"), "--log.trackers", "[]", *QUICK])
+    assert "pictures: not drawn (no room left); to try again: python -m trainlib.plots" in (
+        capsys.readouterr().out)
+    assert (tmp_path / "run" / "final").exists()
 
 
 def test_a_finished_run_says_so_and_another_recipe_is_refused(tmp_path):

@@ -22,6 +22,7 @@ from pydantic import AfterValidator, Field
 from torch import nn
 from tqdm import tqdm
 
+from trainlib import plots
 from trainlib.config import Options
 from trainlib.credentials import redact
 from trainlib.schedule import check_duration, duration_steps, is_time
@@ -53,6 +54,9 @@ class LogOptions(Options):
     histograms: Annotated[str, AfterValidator(check_duration)] | None = None
     """Time between histograms of parameters and gradients, as "100 steps" or "1 epoch"; each copies
     them to the host. None: no histograms."""
+    pictures: bool = True
+    """Draw curves, confusion matrices and their tables into the run folder at the end, and hand the
+    pictures to the trackers."""
     upload_model: bool = False
     """Hand final/ and best/ to wandb as versions of a model artifact. Off unless asked for: weights
     are large, and can tell more about the data than a curve does."""
@@ -174,6 +178,8 @@ class RunLog:
             return
         self._end_bar()
         self._hand_over(state)
+        if self.options.pictures:
+            self._draw()
         for task in tasks:
             if state.best_results:
                 self.say(f"\n{task.name}, validation, best weights (step {state.best_step}):\n"
@@ -234,6 +240,16 @@ class RunLog:
             self.trackers.artifact(name, self.folder / "final", ["final"], {"step": state.step})
             self.trackers.artifact(name, self.folder / "best", ["best"],
                                    {"step": state.best_step} | best)
+
+    def _draw(self) -> None:
+        """Draws what stands in the folder; no run fails for want of a picture."""
+        try:
+            files = plots.draw_run(self.folder, say=lambda line: None)
+        except Exception as error:
+            self.say(f"pictures: not drawn ({' '.join(str(error).split())[:200]}); to try again: "
+                     f"python -m trainlib.plots {self.folder}")
+            return
+        self.trackers.images({file.stem: file for file in files if file.suffix == ".png"})
 
     def _peak_gib(self) -> float:
         if self.device.type == "cuda":
