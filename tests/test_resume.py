@@ -290,7 +290,7 @@ def test_a_final_save_that_fails_ends_with_code_4(stopped, tmp_path):
 
 
 def test_checkpoints_by_the_clock_are_agreed_by_all_processes(tmp_path):
-    flags = ["--checkpoint.every", "0.002 minutes", "--checkpoint.keep", "100"]
+    flags = ["--checkpoint.every", "0.0001 minutes", "--checkpoint.keep", "100"]  # 6 ms
     run = train(tmp_path / "run", *LENGTH, *DIGITS, *flags, processes=2)
     assert len(steps_of(run)) >= 3 and steps_of(run)[-1] == 60
     assert_same_run(run, train(tmp_path / "undisturbed", *LENGTH, *DIGITS))
