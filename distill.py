@@ -16,7 +16,7 @@ from functools import partial
 import torch
 from pydantic import Field
 
-from trainlib import data, distillation, models, optim, plan, runtime, tasks
+from trainlib import data, distillation, models, optim, plan, predictions, runtime, tasks
 from trainlib.batchnorm import BatchStatistics
 from trainlib.checkpoint import CheckpointOptions, Checkpoints, undone
 from trainlib.config import Options, read, recipe_name, to_yaml
@@ -236,9 +236,8 @@ def train_student(options: StudentOptions, folder: runtime.RunFolder) -> None:
 
     def compare():
         """The best weights beside the teachers and the student alone: records, and lines."""
-        student = models.load_model(run_dir).to(device)
         found = evaluate(
-            distillation.Both(teachers, student), validation,
+            distillation.Both(teachers, module), validation,
             [distillation.Comparison(task, teachers) for task in teachers.known], accelerator,
         )
         alone = distillation.results_alone(run_dir) if distill.baseline else None
@@ -345,17 +344,22 @@ def train_student(options: StudentOptions, folder: runtime.RunFolder) -> None:
     # twin loop: end
 
     # ---- end ----
-    lines = None
     if is_over:
         with averaged():
             checkpoints.export("final", module, labels, state.results)
     checkpoints.finish()
-    if is_over and teachers.are_others and state.best_results:
-        results, lines = compare()
-        run_log.results(state.step, results)
     if not is_over:
         raise runtime.Preempted(f"stopped by a signal at step {state.step} of {total_steps}: all "
                                 "is saved; run the same command again to go on")
+    lines = None
+    if state.best_results:
+        checkpoints.load_best(module)
+    if teachers.are_others and state.best_results:
+        results, lines = compare()
+        run_log.results(state.step, results)
+    if options.log.report and state.best_results:
+        said = evaluate(module, validation, predictions.records(task_list, validation), accelerator)
+        predictions.write(run_dir, said, task_list, dataset, module, options.log, run_log)
     run_log.summary(state, task_list, monitor, options.loop.patience)
     run_log.close()
     run_log.say(lines)

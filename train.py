@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from pydantic import Field
 
-from trainlib import data, models, optim, plan, runtime, tasks
+from trainlib import data, models, optim, plan, predictions, runtime, tasks
 from trainlib.batchnorm import BatchStatistics
 from trainlib.checkpoint import CheckpointOptions, Checkpoints, undone
 from trainlib.config import Options, read, recipe_name, to_yaml
@@ -285,6 +285,10 @@ def main(arguments: list[str]) -> None:
     if not is_over:
         raise runtime.Preempted(f"stopped by a signal at step {state.step} of {total_steps}: all "
                                 "is saved; run the same command again to go on")
+    if options.log.report and state.best_results:
+        checkpoints.load_best(module)
+        said = evaluate(module, validation, predictions.records(task_list, validation), accelerator)
+        predictions.write(run_dir, said, task_list, dataset, module, options.log, run_log)
     run_log.summary(state, task_list, monitor, options.loop.patience)
     run_log.close()
 

@@ -53,7 +53,7 @@ def launch(
 def train(folder: Path, *flags: str, processes: int = 1, script: str = "train.py") -> Path:
     """A finished run in ``folder`` without trackers or pictures; fails with the output if it did
     not finish."""
-    result = fork(["--run_dir", str(folder), "--log.trackers", "[]", "--log.pictures", "false",
+    result = fork(["--run_dir", str(folder), "--log.trackers", "[]", "--log.report", "false",
                    *flags], processes, script)
     written = folder / "exit.json"
     assert written.exists() and json.loads(written.read_text())["code"] == 0, (

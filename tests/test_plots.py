@@ -47,8 +47,7 @@ def result(kind, size=3):
     if kind == "regression":
         count, sums = torch.tensor([9] * size), torch.rand(4, size).double() + 1
         return {"loss": 0.5} | regression_metrics(count, sums, torch.ones(size).double())
-    return {"loss": 0.5, "perplexity": 1.6, "bits_per_byte": 0.7,
-            "loss_by_position": [3.0, 2.0, None, 1.5]}
+    return {"loss": 0.5, "perplexity": 1.6, "bits_per_byte": 0.7}
 
 
 def logged(num_records, every=10, first=0, loss=lambda step: 2.3 / (1 + step / 50)):
@@ -113,13 +112,16 @@ def test_a_run_of_each_kind_leaves_its_pictures_and_no_more(make_run, kind):
     run = make_run("run", {"t": kind})
     if kind == "regression":
         write_predictions(run, "t/class 1", [(1, 1.5), (2, 1.5), ("", 3)])
+    if kind == "language_modeling":
+        (run / "loss_by_position.csv").write_text("position,tokens,loss\n1,9,3.0\n2,0,\n3,9,2\n")
+    given = {file.name for file in run.iterdir()}
     said = []
     written = plots.draw_run(run, said.append)
     names = ["curves.png", "confusion_matrix.png"]
     names += ["per_class.csv"] if kind != "language_modeling" else []
+    names += ["report.html"]
     assert [file.name for file in written] == names
-    assert {file.name for file in run.iterdir()} - {"predictions.csv"} == {
-        "best", "config.yaml", "metrics.jsonl", *names}
+    assert {file.name for file in run.iterdir()} == {*given, *names}
     for file in written[:2]:
         assert_picture(file)
     assert said == []
@@ -134,7 +136,8 @@ def test_the_curves_have_two_panels_a_row(make_run):
 def test_several_tasks_have_a_picture_each_and_one_table(make_run):
     run = make_run("run", {"digit": "classification", "a b/c": "multilabel"})
     assert {file.name for file in plots.draw_run(run)} == {
-        "curves.png", "confusion_matrix_digit.png", "confusion_matrix_a_b_c.png", "per_class.csv"}
+        "curves.png", "confusion_matrix_digit.png", "confusion_matrix_a_b_c.png", "per_class.csv",
+        "report.html"}
     with (run / "per_class.csv").open() as file:
         assert [row["task"] for row in csv.DictReader(file)] == ["a b/c"] * 3 + ["digit"] * 3
 
@@ -174,7 +177,7 @@ def test_drawing_again_gives_the_same_bytes(make_run):
     run = make_run("run", {"t": "segmentation"})
     first = {file: file.read_bytes() for file in plots.draw_run(run)}
     second = {file: file.read_bytes() for file in plots.draw_run(run)}
-    assert first == second and len(first) == 3
+    assert first == second and len(first) == 4
 
 
 def test_more_colour_is_darker_in_grey():
@@ -216,11 +219,11 @@ def test_odd_records_are_drawn_without_a_warning(make_run, lines):
 def test_without_records_or_an_evaluation_it_says_so_and_draws_the_rest(make_run):
     run, said = make_run("run", {"t": "classification"}, []), []
     assert [file.name for file in plots.draw_run(run, said.append)] == [
-        "confusion_matrix.png", "per_class.csv"]
+        "confusion_matrix.png", "per_class.csv", "report.html"]
     assert len(said) == 1 and "metrics.jsonl" in said[0]
     (run / "best" / "evaluation.json").write_text("{torn")
     said.clear()
-    assert plots.draw_run(run, said.append) == []
+    assert [file.name for file in plots.draw_run(run, said.append)] == ["report.html"]
     assert len(said) == 2 and "evaluation.json" in said[1]
 
 
@@ -434,7 +437,7 @@ def test_it_draws_again_and_prints_the_files(make_run, tmp_path, capsys, monkeyp
     monkeypatch.chdir(tmp_path)
     assert main(["run"]) == 0
     assert capsys.readouterr().out.split() == [
-        "run/curves.png", "run/confusion_matrix.png", "run/per_class.csv"]
+        "run/curves.png", "run/confusion_matrix.png", "run/per_class.csv", "run/report.html"]
     assert main([str(run), "run"]) == 0
     assert capsys.readouterr().out.split("\n")[-2] == "comparison.png"
     assert_picture(tmp_path / "comparison.png")
@@ -467,7 +470,7 @@ def test_it_runs_as_a_module_and_needs_no_torch(make_run):
     done = subprocess.run([sys.executable, "-W", "error", "-c", code, str(run)],
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stderr == "" and len(done.stdout.splitlines()) == 3
+    assert done.stderr == "" and len(done.stdout.splitlines()) == 4
 
 
 def test_a_sweep_is_drawn_and_its_answer_marked(tmp_path):

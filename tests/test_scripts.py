@@ -35,15 +35,18 @@ def test_the_default_command_learns_digits_and_writes_its_folder(tmp_path):
     assert {p.name for p in run.iterdir()} == {
         "config.yaml", "environment.json", "metrics.jsonl", "exit.json", "best", "final", "wandb",
         "checkpoints", "wandb_run.json", "curves.png", "confusion_matrix.png", "per_class.csv",
+        "predictions.csv", "examples", "report.html",
     }
     assert "pictures" not in result.stdout  # of which a line would say that they failed
-    assert json.loads((run / "exit.json").read_text()) == {
-        "code": 0, "reason": "finished", "step": 1348  # ceil(60 * 1437 / 64)
-    }
+    ended = json.loads((run / "exit.json").read_text())
+    time = ended.pop("time")
+    assert ended == {"code": 0, "reason": "finished", "step": 1348}  # ceil(60 * 1437 / 64)
     assert "weighted avg" in result.stdout and "best/ holds the weights" in result.stdout
     assert "\r" not in result.stdout + result.stderr  # plain lines where there is no terminal
     environment = json.loads((run / "environment.json").read_text())
     assert environment["world_size"] == 1 and environment["torch"] == torch.__version__
+    [start] = environment["starts"]
+    assert (start["step"], start["processes"]) == (0, 1) and start["time"] <= time
     evaluations = [r for r in records(run) if "eval/accuracy" in r]
     best = max(r["eval/accuracy"] for r in evaluations)
     assert best >= 0.97

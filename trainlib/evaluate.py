@@ -67,7 +67,7 @@ def evaluate(
         for total in [*counts, *sums]:
             torch.distributed.all_reduce(total)
     return {
-        task.name: task.result(task_counts, task_sums.sum(0))
+        task.name: task.result(task_counts, task_sums)
         for task, task_counts, task_sums in zip(tasks, counts, sums, strict=True)
     }
 

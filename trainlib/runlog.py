@@ -54,9 +54,12 @@ class LogOptions(Options):
     histograms: Annotated[str, AfterValidator(check_duration)] | None = None
     """Time between histograms of parameters and gradients, as "100 steps" or "1 epoch"; each copies
     them to the host. None: no histograms."""
-    pictures: bool = True
-    """Draw curves, confusion matrices and their tables into the run folder at the end, and hand the
-    pictures to the trackers."""
+    report: bool = True
+    """At the end write predictions.csv of the validation split by the best weights, pictures and
+    report.html into the run folder, and hand pictures and tables to the trackers."""
+    examples: int = Field(12, ge=0, le=100)
+    """How many mistakes, and how many samples drawn at random, of each task the report and the
+    trackers show with their inputs; 0: none."""
     upload_model: bool = False
     """Hand final/ and best/ to wandb as versions of a model artifact. Off unless asked for: weights
     are large, and can tell more about the data than a curve does."""
@@ -178,7 +181,7 @@ class RunLog:
             return
         self._end_bar()
         self._hand_over(state)
-        if self.options.pictures:
+        if self.options.report:
             self._draw()
         for task in tasks:
             if state.best_results:
@@ -245,11 +248,10 @@ class RunLog:
         """Draws what stands in the folder; no run fails for want of a picture."""
         try:
             files = plots.draw_run(self.folder, say=lambda line: None)
+            self.trackers.hand_over(file for file in files if file.suffix == ".png")
         except Exception as error:
             self.say(f"pictures: not drawn ({' '.join(str(error).split())[:200]}); to try again: "
                      f"python -m trainlib.plots {self.folder}")
-            return
-        self.trackers.images({file.stem: file for file in files if file.suffix == ".png"})
 
     def _peak_gib(self) -> float:
         if self.device.type == "cuda":

@@ -10,7 +10,7 @@ import accelerate
 import torch
 from accelerate import Accelerator
 from pydantic import AfterValidator, Field
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -186,6 +186,18 @@ class Checkpoints:
             durable.write_folder(self.run_dir / name, writers, with_manifest=False)
 
         self._writer.submit(name, f"{name}/", {MODEL: tensors}, write)
+
+    @torch.no_grad()
+    def load_best(self, module: nn.Module) -> None:
+        """Puts the weights of ``best/``, once it has been written, into the module."""
+        file = self.run_dir / "best" / MODEL
+        opened = safe_open(file, "pt") if self.is_main else None
+        for name, own in model_tensors(module).items():
+            if not name.startswith(TRAINING_ONLY):
+                own.copy_(agreement.tensor_from_main(
+                    opened.get_tensor(name) if self.is_main else None,
+                    str(own.dtype).removeprefix("torch."), list(own.shape), self.accelerator.device,
+                ))
 
     def wait(self) -> None:
         """Waits until this process has written what it was given."""

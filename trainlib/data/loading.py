@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -21,6 +21,7 @@ from trainlib.data.parts import Part
 from trainlib.data.reading import SHARE_OF_MEMORY, Split, model_inputs
 from trainlib.data.sources import Source
 from trainlib.data.targets import TargetInfo, check_shared_rows, count_valid
+from trainlib.data.text import load_tokenizer
 from trainlib.data.workers import decoded
 from trainlib.losses import IGNORED
 from trainlib.user_code import describe_error, import_object
@@ -51,11 +52,17 @@ class Dataset:
     token_range: tuple[int, int] | None = None
     """The smallest and the largest of inputs that are integers; of text, that there can be."""
     pad_id: int | None = None
+    tokenizer: str | None = None
+    """Of which tokens are, where inputs or targets were text."""
 
     def example(self) -> tuple[Tensor, dict[str, Tensor]]:
         """Inputs and targets of a training sample or two, as model and tasks are given them."""
         inputs, targets = self.train.read(np.arange(min(2, len(self.train))))
         return model_inputs(inputs), self.train.task_targets(targets)
+
+    def to_text(self) -> Callable[[list[int]], str] | None:
+        """From tokens back to text; none where there are none."""
+        return None if self.tokenizer is None else load_tokenizer(self.tokenizer, False).decode
 
 
 def load(source: Source, options: DataOptions, tasks: Mapping[str, TaskOptions]) -> Dataset:
@@ -111,6 +118,7 @@ def load(source: Source, options: DataOptions, tasks: Mapping[str, TaskOptions])
         f"data: {parts.description}; {len(train.rows):,} training and {len(validation.rows):,} "
         f"validation samples of {shape} {where}" + "".join(f"; {line}" for line in notes),
         parts.inputs, tuple(token_range) if has_tokens else None, parts.pad_id,
+        options.tokenizer if is_text else None,
     )
 
 

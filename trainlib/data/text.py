@@ -37,6 +37,8 @@ class Tokenizer(NamedTuple):
     """Hex SHA-256: another for a tokenizer that gives other numbers."""
     encode: Callable[[list[str]], list[np.ndarray]]
     """From texts to the numbers of each, [tokens] integers; nothing is cut off."""
+    decode: Callable[[list[int]], str]
+    """Back to text, special tokens and all."""
 
 
 def load_tokenizer(name: str, add_special: bool) -> Tokenizer:
@@ -51,8 +53,11 @@ def load_tokenizer(name: str, add_special: bool) -> Tokenizer:
         UserError: transformers is not installed; no such tokenizer, or one without a fast form.
     """
     if name == BYTES:
-        return Tokenizer(name, 256, 0, 0, hashlib.sha256(name.encode()).hexdigest(), lambda texts: [
-            np.frombuffer(text.encode(), np.uint8) for text in texts])
+        return Tokenizer(
+            name, 256, 0, 0, hashlib.sha256(name.encode()).hexdigest(),
+            lambda texts: [np.frombuffer(text.encode(), np.uint8) for text in texts],
+            lambda numbers: bytes(numbers).decode(errors="replace"),
+        )
     loaded = _load_from_transformers(name)
     backend = getattr(loaded, "backend_tokenizer", None)
     if backend is None:
@@ -81,7 +86,8 @@ def load_tokenizer(name: str, add_special: bool) -> Tokenizer:
     if not known:  # a number of its own, for no real token may be taken for padding
         known, vocab_size = [vocab_size], vocab_size + 1
     fingerprint = hashlib.sha256(content.encode()).hexdigest()
-    return Tokenizer(name, vocab_size, known[0], sep if eos is None else eos, fingerprint, encode)
+    return Tokenizer(name, vocab_size, known[0], sep if eos is None else eos, fingerprint, encode,
+                     lambda numbers: backend.decode(numbers, skip_special_tokens=False))
 
 
 def _load_from_transformers(name: str) -> Any:

@@ -94,7 +94,8 @@ class Comparison:
         Agreement is the share of items that both decide alike; of numbers, the share of the
         variance of the teachers' that the student's explain.
         """
-        task, counts, sums = self.task, counts.cpu(), sums.cpu()
+        task, counts = self.task, counts.cpu()
+        sums = sums.cpu().view(-1, self.num_sums).sum(0)
         teacher = task.result(counts[: task.num_counts], sums[: task.num_sums])
         if task.kind == "regression":
             total, squares, difference, number = sums[task.num_sums :].tolist()

@@ -85,13 +85,13 @@ def _draw_points(axes: Axes, x: np.ndarray, y: np.ndarray) -> None:
                          format=FuncFormatter(lambda count, _: f"{count:,.0f}"))
 
 
-def draw_positions(file: Path, title: str, losses: list[float | None]) -> None:
+def draw_positions(file: Path, title: str, losses: Sequence[float]) -> None:
     """A language model's loss at each position of its window as a PNG.
 
     Args:
-        losses: nats per token, none where no token was.
+        losses: nats per token, NaN where no token was.
     """
-    values = np.array([np.nan if loss is None else loss for loss in losses], float)
+    values = np.array(losses, float)
     with paper.page(file, 8, 4) as figure:
         axes = figure.add_subplot()
         axes.set_title(title)

@@ -165,7 +165,7 @@ def read_curves(run: Path) -> Curves:
     file, curves = run / "metrics.jsonl", Curves()
     half_life_steps = max(_last_step(file) * HALF_LIFE_SHARE, 1e-9)
     smoothers: dict[str, Smoother] = {}
-    for record in _records(file):
+    for record in read_records(file):
         step, epoch = record.pop("step"), record.pop("epoch", None)
         curves.last_step = max(curves.last_step, step)
         if step > 0 and isinstance(epoch, int | float):
@@ -186,7 +186,8 @@ def read_curves(run: Path) -> Curves:
     return curves
 
 
-def _records(file: Path) -> Iterator[dict[str, Any]]:
+def read_records(file: Path) -> Iterator[dict[str, Any]]:
+    """The whole lines of a file of records, in their order; none where it cannot be read."""
     try:
         lines = file.open("rb")
     except OSError:

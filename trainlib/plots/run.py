@@ -18,10 +18,14 @@ from trainlib.plots.classes import draw_confusion, draw_labels
 from trainlib.plots.curves import draw_curves, kinds
 from trainlib.plots.numbers import draw_positions, draw_regression
 from trainlib.plots.records import read_config, read_curves, read_json
+from trainlib.plots.report import write_report
+
+_POSITIONS = "loss_by_position.csv"
 
 
 def draw_run(run: Path, say: Callable[[str], object] = print) -> list[Path]:
-    """Draws what the files of a run folder allow, over what was drawn there before.
+    """Draws what the files of a run folder allow, over what was drawn there before, and then the
+    report that shows all of it.
 
     Args:
         say: is told what there is too little of to be drawn.
@@ -33,6 +37,10 @@ def draw_run(run: Path, say: Callable[[str], object] = print) -> list[Path]:
         NotARun: the folder holds no run.
     """
     run = Path(run)
+    return [*_draw_pictures(run, say), write_report(run)]
+
+
+def _draw_pictures(run: Path, say: Callable[[str], object]) -> list[Path]:
     config, name, written = read_config(run), run.resolve().name, []
     curves = read_curves(run)
     if curves.lines:
@@ -82,8 +90,8 @@ def _draw_task(
     if kind == "regression" and (run / "predictions.csv").exists():
         return draw_regression(file, title, _predictions(
             run / "predictions.csv", task, names))
-    if kind == "language_modeling" and result.get("loss_by_position"):
-        draw_positions(file, title, result["loss_by_position"])
+    if kind == "language_modeling" and (run / _POSITIONS).exists():
+        draw_positions(file, title, _losses(run / _POSITIONS))
         return True
     return False
 
@@ -144,6 +152,12 @@ def _predictions(file: Path, task: str, columns: list[str]) -> dict[str, tuple[a
                                        strict=True):
                     values.append(_number(row.get(key)))
     return found
+
+
+def _losses(file: Path) -> list[float]:
+    """The loss at each position of the window."""
+    with file.open(encoding="utf-8", newline="") as lines:
+        return [_number(row.get("loss")) for row in csv.DictReader(lines)]
 
 
 def _number(text: str | None) -> float:

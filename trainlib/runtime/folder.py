@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from trainlib.runtime.lock import RunLock, may_be_held
 from trainlib.runtime.machine import describe_machine
 from trainlib.runtime.signals import Preempted
 
-_EXIT, _LOCK = "exit.json", "run.lock"
+_EXIT, _LOCK, _ENVIRONMENT = "exit.json", "run.lock", "environment.json"
 _CODES_OF_ANY_PROCESS = (UserError.exit_code, Preempted.exit_code)
 # Options that may differ when a run goes on: they change no weight. With these it says so.
 _FREE_OPTIONS = ("run_dir", "log.", "data.workers", "data.in_memory", "checkpoint.",
@@ -149,8 +150,10 @@ class RunFolder:
                 # A new file: what a run that was robbed of this folder adds goes into the old one.
                 durable.write_text(file, file.read_bytes()[:size].decode())
         durable.write_text(self.path / "config.yaml", config)
-        environment = json.dumps(describe_machine(accelerator), indent=1)
-        durable.write_text(self.path / "environment.json", environment + "\n")
+        machine = describe_machine(accelerator)
+        start = {"time": _now(), "step": step, "processes": machine["world_size"]}
+        machine["starts"] = [*_read(self.path / _ENVIRONMENT).get("starts", []), start]
+        self.write(_ENVIRONMENT, machine)
 
     def write(self, name: str, content: dict[str, Any]) -> None:
         """Writes a file of JSON into the folder."""
@@ -213,7 +216,7 @@ class RunFolder:
             may_write = code == _CODES_OF_ANY_PROCESS[-1] and self._may_leave_word()
         if may_write:
             self.path.mkdir(parents=True, exist_ok=True)
-            entry = {"code": code, "reason": redact(reason), "step": self.step}
+            entry = {"code": code, "reason": redact(reason), "step": self.step, "time": _now()}
             durable.write_text(file, json.dumps(entry) + "\n")
 
     def _may_leave_word(self) -> bool:
@@ -241,11 +244,20 @@ class RunFolder:
                    for file in self.path.iterdir())
 
     def _former_exit(self) -> dict[str, Any]:
-        try:
-            record = json.loads((self.path / _EXIT).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
-        return record if isinstance(record, dict) else {}
+        return _read(self.path / _EXIT)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """A mapping of JSON; nothing where it is missing or damaged."""
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _shared_options(config: str) -> str:

@@ -213,8 +213,12 @@ class Task:
         return [], []
 
     def result(self, counts: Tensor, sums: Tensor) -> dict:
-        """What counts and sums over all samples mean: ``loss`` and the metrics of the kind."""
-        counts, sums = counts.cpu(), sums.cpu()
+        """What counts and sums over all samples mean: ``loss`` and the metrics of the kind.
+
+        Args:
+            sums: [num_sums], or of each batch, [batches, num_sums].
+        """
+        counts, sums = counts.cpu(), sums.cpu().view(-1, self.num_sums).sum(0)
         items, loss_sum = counts[0].item(), sums[0].item()
         loss = loss_sum / items if items else float("nan")
         return {"loss": loss} | self.interpret(counts[1:].long(), sums[1:], int(items))

@@ -14,6 +14,7 @@ from torch import nn
 
 from trainlib.config import parse_yaml
 from trainlib.credentials import redact
+from trainlib.trackers import finished
 from trainlib.trackers.histograms import Histograms
 from trainlib.trackers.others import Record, TensorBoard, Tracker, Trackio
 from trainlib.trackers.weights_and_biases import WeightsAndBiases
@@ -102,6 +103,15 @@ class Trackers:
         """Sets numbers that stand for the whole run."""
         self._each("stopped", lambda tracker: tracker.summary(values))
 
+    def hand_over(self, pictures: Iterable[Path]) -> None:
+        """Adds what the run folder holds beyond its records, at the last step.
+
+        Args:
+            pictures: PNGs, named by their files.
+        """
+        if self:
+            finished.hand_over(self, self._folder, pictures)
+
     def images(self, images: Mapping[str, Path]) -> None:
         """Adds pictures by name, at the last step."""
         self._each("stopped", lambda tracker: tracker.images(images))
@@ -109,6 +119,14 @@ class Trackers:
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence]) -> None:
         """Adds a table at the last step; a cell may be a number, a text or the path of a PNG."""
         self._each("stopped", lambda tracker: tracker.table(name, columns, rows))
+
+    def chart(
+        self, name: str, kind: str, columns: Sequence[str], rows: Sequence[Sequence]
+    ) -> None:
+        """Adds a chart that is drawn from a table, ``line`` or ``confusion``, if it has rows (W&B
+        only)."""
+        if rows:
+            self._each("stopped", lambda tracker: tracker.chart(name, kind, columns, rows))
 
     def artifact(
         self, name: str, folder: Path, aliases: Sequence[str], metadata: Mapping[str, Any]

@@ -78,6 +78,11 @@ class Tracker:
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence]) -> None:
         """Adds a table."""
 
+    def chart(
+        self, name: str, kind: str, columns: Sequence[str], rows: Sequence[Sequence]
+    ) -> None:
+        """Adds a chart that is drawn from a table."""
+
     def artifact(
         self, name: str, folder: Path, aliases: Sequence[str], metadata: Mapping[str, Any]
     ) -> None:

@@ -32,6 +32,11 @@ if TYPE_CHECKING:
 
 _ID_FILE = "wandb_run.json"
 _INIT_SECONDS, _FINISH_SECONDS, _FLUSH_SECONDS, _READ_SECONDS = 20, 60, 1, 120
+# W&B's own charts, and what each calls its columns.
+_CHARTS = {
+    "line": ("wandb/line/v0", ("x", "y", "stroke")),
+    "confusion": ("wandb/confusion_matrix/v1", ("Actual", "Predicted", "nPredictions")),
+}
 _PREEMPTED = 75  # the exit code of a run that goes on when it is started again
 
 
@@ -123,6 +128,16 @@ class WeightsAndBiases(Tracker):
         data = [[wandb.Image(str(cell)) if isinstance(cell, Path) else cell for cell in row]
                 for row in rows]
         self.log({"step": self.step, name: wandb.Table(columns=list(columns), data=data)})
+
+    def chart(
+        self, name: str, kind: str, columns: Sequence[str], rows: Sequence[Sequence]
+    ) -> None:
+        import wandb
+
+        table = wandb.Table(columns=list(columns), data=[list(row) for row in rows])
+        names = dict(zip(_CHARTS[kind][1], columns, strict=True))
+        chart = wandb.plot_table(_CHARTS[kind][0], table, names, {"title": name})
+        self.log({"step": self.step, name: chart})
 
     def artifact(
         self, name: str, folder: Path, aliases: Sequence[str], metadata: Mapping[str, Any]

@@ -1,0 +1,245 @@
+"""predictions.csv and examples/: what the best weights say to each sample, on any number of
+processes, and the very numbers that the evaluation adds up."""
+
+import csv
+import json
+import math
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from launching import train
+from PIL import Image
+
+from trainlib.losses import LOSSES
+from trainlib.predictions.examples import choose
+from trainlib.predictions.rows import Recorder, as_text, is_mistake
+from trainlib.tasks.kinds import (
+    Classification,
+    LanguageModeling,
+    Multilabel,
+    Regression,
+    Segmentation,
+)
+
+REPORT = ["--log.report", "true"]
+KINDS = ["digits_multitask", "digits_segmentation", "pydocs_gpt", "diabetes_regression"]
+
+
+def table(run: Path) -> list[dict]:
+    with (run / "predictions.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def evaluation(run: Path) -> dict:
+    return json.loads((run / "best" / "evaluation.json").read_text())
+
+
+def of(rows: list[dict], task: str) -> list[dict]:
+    return [row for row in rows if row["task"] == task]
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def runs(request, tmp_path_factory) -> list[Path]:
+    """The same short run on 1 and on 3 processes."""
+    folder = tmp_path_factory.mktemp(request.param)
+    flags = ["--recipe", f"recipes/{request.param}.yaml", "--loop.duration", "20 steps",
+             "--loop.eval_every", "10 steps", "--batch.eval_size", "16", *REPORT]
+    return [train(folder / f"{processes}" / "run", *flags, processes=processes)
+            for processes in (1, 3)]
+
+
+def test_any_number_of_processes_writes_the_same_bytes(runs):
+    written = [
+        {str(file.relative_to(run)): file.read_bytes()
+         for pattern in ("predictions.csv", "loss_by_position.csv", "examples/*")
+         for file in run.glob(pattern)} for run in runs
+    ]
+    assert {"predictions.csv", "examples/examples.json"} <= written[0].keys()
+    assert written[0] == written[1]
+
+
+def test_the_table_adds_up_to_the_evaluation(runs):
+    rows, results = table(runs[0]), evaluation(runs[0])
+    for task, result in results.items():
+        losses = [float(row["loss"]) for row in of(rows, task)]
+        words = [row["target"].split() for row in of(rows, task)]
+        # Of pixels and tokens a sample has as many losses as targets.
+        counts = [int(word[0]) if word[1:] in (["pixels"], ["tokens"]) else 1 for word in words]
+        assert np.average(losses, weights=counts) == pytest.approx(result["loss"], rel=1e-6)
+    if "digit" in results:
+        digits = of(rows, "digit")
+        right = np.mean([row["target"] == row["prediction"] for row in digits])
+        assert right == pytest.approx(results["digit"]["accuracy"], rel=1e-12)
+        assert all(0.1 <= float(row["confidence"]) <= 1 for row in digits)
+        pairs = [(float(row["target"]), float(row["prediction"])) for row in of(rows, "ink")]
+        assert np.mean([abs(a - b) for a, b in pairs]) == pytest.approx(
+            results["ink"]["mae"], rel=1e-6)
+        quadrants = of(rows, "quadrants")
+        wrong = sum((row["target"] != row["prediction"]) for row in quadrants)
+        assert 0 < wrong <= 4 * len(quadrants) * (1 - results["quadrants"]["accuracy"]) + 0.5
+    if "mask" in results:
+        there = sum(int(row["target"].split()[0]) for row in rows)
+        right = sum(int(row["prediction"].split()[0]) for row in rows)
+        assert right / there == pytest.approx(results["mask"]["pixel_accuracy"], rel=1e-12)
+    if "text" in results:
+        with (runs[0] / "loss_by_position.csv").open(newline="") as file:
+            lines = list(csv.DictReader(file))
+        tokens = [int(line["tokens"]) for line in lines]
+        mean = sum(n * float(line["loss"]) for n, line in zip(tokens, lines, strict=True))
+        assert mean / sum(tokens) == pytest.approx(results["text"]["loss"], rel=1e-6)
+        assert [int(line["position"]) for line in lines] == list(range(1, 129))
+
+
+def test_examples_are_the_worst_and_some_that_were_drawn(runs):
+    entries = json.loads((runs[0] / "examples" / "examples.json").read_text())
+    tasks = {entry["task"] for entry in entries}
+    rows = {(row["task"], int(row["row"])): row for row in table(runs[0])}
+    for task in tasks:
+        groups = {group: [e for e in entries if e["task"] == task and e["group"] == group]
+                  for group in ("mistake", "sample")}
+        assert 0 < len(groups["mistake"]) <= 12 and len(groups["sample"]) == 12
+        assert len({entry["row"] for entry in groups["sample"]}) == 12
+        for entry in entries:
+            if "image" in entry:
+                with Image.open(runs[0] / "examples" / entry["image"]) as image:
+                    assert min(image.size) >= 64
+            else:
+                assert entry["text"]
+            if entry["task"] in ("digit", "quadrants"):
+                row = rows[entry["task"], entry["row"]]
+                assert (entry["target"], entry["prediction"]) == (row["target"], row["prediction"])
+                if entry["group"] == "mistake":
+                    assert entry["target"] != entry["prediction"]
+    by_confidence = [e["confidence"] for e in entries
+                     if e["task"] == "digit" and e["group"] == "mistake"]
+    assert by_confidence == sorted(by_confidence, reverse=True)
+
+
+def test_the_best_weights_are_asked_not_the_last(tmp_path):
+    # A rate that rises without end: the best evaluation is not the last.
+    run = train(tmp_path / "run", "--loop.duration", "60 steps", "--loop.eval_every", "10 steps",
+                "--optim.lr", "0.3", "--schedule.name", "constant", *REPORT)
+    last = json.loads((run / "final" / "evaluation.json").read_text())["digit"]["accuracy"]
+    best = evaluation(run)["digit"]["accuracy"]
+    right = np.mean([row["target"] == row["prediction"] for row in table(run)])
+    assert best > last and right == pytest.approx(best, rel=1e-12)
+
+
+def test_none_is_kept_to_look_at_if_none_is_wanted(tmp_path):
+    run = train(tmp_path / "run", "--loop.duration", "5 steps", "--log.examples", "0", *REPORT)
+    assert not (run / "examples").exists() and len(table(run)) == 360
+    assert "data:image/png" in (run / "report.html").read_text()  # the curves
+
+
+class Reader:
+    """As much of an EvalReader as a recorder asks for."""
+
+    def __init__(self, targets: torch.Tensor, batch_size: int):
+        self.split, self.batch_size, self.targets = self, batch_size, targets
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def read(self, samples):
+        return None, {"t": self.targets[torch.from_numpy(samples)]}
+
+
+def recorded(task, outputs: torch.Tensor, targets: torch.Tensor, batch_size: int) -> dict:
+    recorder = Recorder(task, Reader(targets, batch_size))
+    batches = zip(outputs.split(batch_size), targets.split(batch_size), strict=True)
+    sums = [recorder.statistics(output, {"t": target})[1] for output, target in batches]
+    return recorder.result(torch.zeros(0), torch.stack(sums))
+
+
+def build(kind, loss, **given):
+    return kind(name="t", weight=1.0, loss=partial(LOSSES[loss]), loss_name=loss, **given)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 7, 20])
+def test_numbers_of_classes_with_missing_targets(batch_size):
+    task = build(Classification, "cross_entropy", label_names=["a", "b", "c"], may_miss=True)
+    torch.manual_seed(0)
+    outputs, targets = torch.randn(7, 3), torch.tensor([0, 1, 2, -100, 1, -100, 0])
+    rows = recorded(task, outputs, targets, batch_size)["rows"]
+    assert rows.shape == (7, 4)
+    wide = outputs.double().softmax(1).numpy()
+    for row, probabilities, target in zip(rows, wide, targets.tolist(), strict=True):
+        assert row[1] == pytest.approx(probabilities.max(), rel=1e-12)
+        assert row[3] == probabilities.argmax()
+        [line] = as_text(task, 5, row.tolist())
+        assert line.row == 5 and line.prediction == "abc"[probabilities.argmax()]
+        if target == -100:
+            assert math.isnan(row[0]) and line.target == "" and not is_mistake(task, row)
+        else:
+            assert row[0] == pytest.approx(-math.log(probabilities[target]), rel=1e-6)
+            assert is_mistake(task, row) == (probabilities.argmax() != target)
+
+
+def test_numbers_of_labels_columns_and_pixels():
+    labels = build(Multilabel, "bce", label_names=["x", "y"], may_miss=True, thresholds=[0.5, 0.9])
+    outputs = torch.tensor([[2.0, 2.0], [-1.0, 3.0]])
+    targets = torch.tensor([[1.0, 0.0], [torch.nan, 1.0]])
+    rows = recorded(labels, outputs, targets, 4)["rows"]
+    sigmoid = 1 / (1 + math.exp(-2.0))
+    assert rows[0].tolist()[1:] == pytest.approx([1 - sigmoid, 1, 0, 1, 0])  # 0.88 is below 0.9
+    assert math.isnan(rows[1][2]) and rows[1][4:].tolist() == [0, 1]
+    assert as_text(labels, 0, rows[1].tolist())[0][2:4] == ("y", "y")
+    assert rows[1][0] == pytest.approx(math.log1p(math.exp(-3.0)), rel=1e-6)  # of y alone
+
+    numbers = build(Regression, "mse", label_names=["u", "v"], mean=(10.0, 0.0),
+                    deviation=(2.0, 0.5), validation_mean=(0.0, 0.0))
+    targets = torch.tensor([[1.0, 2.0], [0.0, torch.nan]], dtype=torch.float64)
+    rows = recorded(numbers, torch.tensor([[0.0, 2.0], [1.0, 4.0]]), targets, 2)["rows"]
+    assert [tuple(line[1:4]) for line in as_text(numbers, 3, rows[0].tolist())] == [
+        ("t/u", "12", "10"), ("t/v", "1", "1")]
+    assert as_text(numbers, 3, rows[1].tolist())[1][2:4] == ("", "2")
+    assert rows[:, 0].tolist() == pytest.approx([0.5, 1.0])
+
+    for kind in ("cross_entropy", "dice", "bce"):
+        pixels = build(Segmentation, kind, label_names=["paper", "ink"], may_miss=True)
+        logits = torch.tensor([-3.0, 3.0, 3.0, -3.0]).view(1, 1, 2, 2)
+        outputs = logits if kind == "bce" else torch.cat([-logits / 2, logits / 2], 1)
+        targets = torch.tensor([[[0, 1], [0, -100]]])
+        rows = recorded(pixels, outputs, targets, 1)["rows"]
+        assert rows[0][2:].tolist() == [3, 2]
+        assert rows[0][1] == pytest.approx(1 / (1 + math.exp(-3)), rel=1e-6)
+        assert math.isfinite(rows[0][0]) and is_mistake(pixels, rows[0])
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_losses_by_position_are_those_of_the_tokens(fused):
+    task = build(LanguageModeling, "cross_entropy", label_names=[], vocab_size=5, may_miss=True)
+    torch.manual_seed(1)
+    logits, targets = torch.randn(5, 4, 5), torch.randint(0, 5, (5, 4))
+    targets[0, 2:] = -100
+    losses = torch.nn.functional.cross_entropy(
+        logits.transpose(1, 2), targets, reduction="none", ignore_index=-100)
+    recorder = Recorder(task, Reader(targets, 2))
+    sums = []
+    for at in (0, 2, 4):
+        output = {"losses": losses[at : at + 2]} if fused else logits[at : at + 2]
+        sums.append(recorder.statistics(output, {"t": targets[at : at + 2]})[1])
+    found = recorder.result(torch.zeros(0), torch.stack(sums))
+    assert found["positions"][1].tolist() == [5, 5, 4, 4]
+    assert found["positions"][0] == pytest.approx(losses.double().sum(0).numpy(), rel=1e-6)
+    confidence = np.exp(-losses.double().numpy())
+    assert found["rows"][0][1] == pytest.approx(confidence[0, :2].mean(), rel=1e-6)
+    assert found["rows"][:, 2].tolist() == [2, 4, 4, 4, 4]
+    right = ((logits.argmax(2) == targets) & (targets >= 0)).sum(1).tolist()
+    assert np.isnan(found["rows"][:, 3]).all() if fused else found["rows"][:, 3].tolist() == right
+
+
+def test_mistakes_of_classes_come_by_confidence_and_others_by_loss():
+    classes = build(Classification, "cross_entropy", label_names=["a", "b"])
+    rows = np.array([[9.0, 0.6, 0, 1], [0.1, 0.9, 0, 0], [2.0, 0.8, 1, 0], [1.0, 0.7, np.nan, 0]])
+    assert choose(classes, rows, 3)[:2] == [(2, "mistake"), (0, "mistake")]
+    assert [group for _, group in choose(classes, rows, 3)].count("mistake") == 2
+    assert sorted(at for at, group in choose(classes, rows, 9) if group == "sample") == [0, 1, 2, 3]
+    numbers = build(Regression, "mse", label_names=["u"], mean=(0.0,), deviation=(1.0,),
+                    validation_mean=(0.0,))
+    rows = np.array([[1.0, np.nan, 0, 1], [np.nan, np.nan, np.nan, 0], [4.0, np.nan, 0, 2]])
+    assert choose(numbers, rows, 5)[:2] == [(2, "mistake"), (0, "mistake")]
+    assert choose(numbers, rows, 0) == []
