@@ -51,6 +51,11 @@ def history(folder: Path) -> list[dict]:
     return [{k: v for k, v in item.items() if not k.startswith("_")} for item in items]
 
 
+def numbers(folder: Path) -> list[dict]:
+    """The history without pictures, tables and histograms."""
+    return [row for row in history(folder) if not any(key.endswith("._type") for key in row)]
+
+
 def summary(folder: Path) -> dict:
     merged = {}
     for item in of_type(contents(folder), "summary"):
@@ -71,7 +76,7 @@ def assert_every_record_once(run: Path) -> None:
     def keys(rows):
         return Counter((row["step"], frozenset(row)) for row in rows)
 
-    logged = [row for row in history(run) if "curves._type" not in row]  # but for the pictures
+    logged = numbers(run)
     assert keys(logged) == keys(records(run)) and max(keys(logged).values()) == 1
     # JSON of W&B writes 1.0 as 1.
     assert [json.loads(row) for row in plain(logged)] == [
@@ -105,10 +110,7 @@ def test_a_run_is_in_wandb_as_it_is_in_its_folder(tmp_path, bare):
     metrics = of_type(items, "metric")
     assert any(m.get("glob_name") == "*" and m["step_metric"] == "step" for m in metrics)
 
-    drawn = [row for row in history(run) if "curves._type" in row]
-    assert [row["step"] for row in drawn] == [60] and "confusion_matrix.path" in drawn[0]
-    logged = [row for row in history(run)
-              if row not in drawn and not any("gradients/" in key for key in row)]
+    logged = numbers(run)
     assert [row["step"] for row in logged] == [record["step"] for record in records(run)]
     for row, record in zip(logged, records(run), strict=True):
         assert row == pytest.approx(record, rel=0, abs=0)
@@ -123,14 +125,42 @@ def test_a_run_is_in_wandb_as_it_is_in_its_folder(tmp_path, bare):
     assert last["best/eval/accuracy"] == best["eval/accuracy"]
     assert last["best/eval/loss"] == best["eval/loss"]
     assert last["eval/loss"] == evaluations[-1]["eval/loss"]
-    models = of_type(items, "artifact")
+    models = [item for item in of_type(items, "artifact") if item["type"] == "model"]
     assert [set(model["aliases"]) for model in models] == [{"final", "latest"}, {"best", "latest"}]
-    assert all(model["type"] == "model" and model["name"] == "first-model" for model in models)
+    assert all(model["name"] == "first-model" for model in models)
     assert str(best["eval/accuracy"])[:8] in json.dumps(models[1])
     assert [item["exit_code"] for item in of_type(items, "exit")] == [0]
     environment = json.dumps(of_type(items, "environment"))
     assert '"git"' not in environment
     assert not list(run.glob("wandb/*run-*/files/*.py"))
+
+
+def test_what_is_seen_of_a_run_is_in_wandb_too(tmp_path):
+    run = tmp_path / "run"
+    flags = ["--loop.duration", "60 steps", "--optim.lr", "auto", "--log.examples", "5"]
+    result = fork(["--run_dir", str(run), *flags], XDG_DATA_HOME=str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    seen = {key.removesuffix("._type") for row in history(run) for key in row
+            if key.endswith("._type") and row["step"] == 60}
+    assert {"curves", "confusion_matrix", "lr_find", "per_class", "predictions/digit"} <= seen
+    tables = [json.loads(file.read_text())
+              for file in run.glob("wandb/*run-*/files/media/table/**/*.table.json")]
+    by_columns = {tuple(table["columns"]): table["data"] for table in tables}
+    evaluation = json.loads((run / "best" / "evaluation.json").read_text())["digit"]
+    confusion = by_columns["Actual", "Predicted", "nPredictions"]
+    assert {(true, said): count for true, said, count in confusion} == {
+        (str(true), str(said)): count for true, row in enumerate(evaluation["confusion"])
+        for said, count in enumerate(row)}
+    sweep = json.loads((run / "lr_find.json").read_text())
+    assert [row[:2] for row in by_columns["lr", "loss", "curve"]] == [
+        pytest.approx(pair) for pair in zip(sweep["lrs"], sweep["losses"], strict=True)]
+    [classes] = [rows for columns, rows in by_columns.items() if "recall" in columns]
+    assert len(classes) == 10 and classes[3][1] == 3
+    [examples] = [rows for columns, rows in by_columns.items() if columns[0] == "image"]
+    kept = json.loads((run / "examples" / "examples.json").read_text())
+    assert [row[1:5] for row in examples] == [
+        [entry[name] for name in ("target", "prediction", "confidence", "loss")] for entry in kept]
+    assert len(examples) == len(kept) and len({row[0] for row in examples}) > 5
 
 
 @pytest.mark.parametrize("pause", ["0", "2.5"], ids=["nothing was written", "all was written"])
@@ -235,8 +265,7 @@ def test_each_of_several_trackers_gets_every_record_and_fails_alone(tmp_path, ba
         written = (tmp_path / f"run.{name}.jsonl").read_text().splitlines()
         written = [json.loads(line) for line in written]
         assert [line["point"] for line in (written[0], written[-1])] == ["start", "finish"]
-        logged = [line for line in written if line["point"] == "log"
-                  and "curves" not in line["values"]]
+        logged = [line for line in written if line["point"] == "log" and "epoch" in line["values"]]
         assert [(line["at"], float(line["values"].get("train/loss", 0))) for line in logged] == [
             (record["step"], record.get("train/loss", 0)) for record in records(run)
         ]
