@@ -104,8 +104,8 @@ def test_a_run_is_in_wandb_as_it_is_in_its_folder(tmp_path, bare):
              "job_type": "train", "tags": ["small", "quick"], "notes": "a note"}
     assert {name: described.get(name) for name in given} == given
     assert described["run_id"] == json.loads((run / "wandb_run.json").read_text())["id"]
-    [stored] = [item["update"] for item in of_type(items, "config")]
-    stored = {name: value for name, value in stored.items() if name != "_wandb"}
+    stored = {name: value for item in of_type(items, "config")
+              for name, value in item["update"].items() if not name.startswith("_wandb")}
     assert stored == yaml.safe_load((run / "config.yaml").read_text())
     metrics = of_type(items, "metric")
     assert any(m.get("glob_name") == "*" and m["step_metric"] == "step" for m in metrics)
@@ -160,7 +160,10 @@ def test_what_is_seen_of_a_run_is_in_wandb_too(tmp_path):
     kept = json.loads((run / "examples" / "examples.json").read_text())
     assert [row[1:5] for row in examples] == [
         [entry[name] for name in ("target", "prediction", "confidence", "loss")] for entry in kept]
-    assert len(examples) == len(kept) and len({row[0] for row in examples}) > 5
+    sent = [entry["path"] for artifact in of_type(contents(run), "artifact")
+            for entry in artifact["manifest"]["contents"]]
+    assert len({path for path in sent if path.endswith(".png")}) == len(
+        {(run / "examples" / entry["image"]).read_bytes() for entry in kept}) > 5
 
 
 @pytest.mark.parametrize("pause", ["0", "2.5"], ids=["nothing was written", "all was written"])
