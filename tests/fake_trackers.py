@@ -26,7 +26,7 @@ from trainlib.trackers import mirror  # noqa: E402
 class StandIn(accelerate.tracking.GeneralTracker):
     requires_logging_directory = False
     failing: list[str] = []
-    resumed, summary = False, {}
+    resumed, offline, summary = False, True, {}
 
     def __init__(self, run_name, *_, **settings):
         super().__init__()

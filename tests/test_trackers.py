@@ -106,6 +106,7 @@ def test_a_run_is_in_wandb_as_it_is_in_its_folder(tmp_path, bare):
     assert described["run_id"] == json.loads((run / "wandb_run.json").read_text())["id"]
     stored = {name: value for item in of_type(items, "config")
               for name, value in item["update"].items() if not name.startswith("_wandb")}
+    assert stored.pop("environment") == json.loads((run / "environment.json").read_text())
     assert stored == yaml.safe_load((run / "config.yaml").read_text())
     metrics = of_type(items, "metric")
     assert any(m.get("glob_name") == "*" and m["step_metric"] == "step" for m in metrics)
@@ -217,6 +218,7 @@ class Server:
 
     def __init__(self, step: int | None):
         self.resumed, self.summary = step is not None, {"step": step}
+        self.offline, self.config = False, {}
         self.tracker = self
 
     def define_metric(self, *_, **__):
@@ -227,9 +229,10 @@ class Server:
 def test_online_the_server_says_what_reached_it(tmp_path, monkeypatch, known):
     """Not tried with a real server: none can be reached from here."""
     monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setenv("WANDB_API_KEY", "CANARY" * 7)
     tracker = WeightsAndBiases(tmp_path, LogOptions(), 6)
     assert tracker.settings()["id"] == WeightsAndBiases(tmp_path, LogOptions(), 0).settings()["id"]
-    tracker._written = {step: {"step", "epoch", "train/loss"} for step in range(10)}
+    tracker._last_known, tracker._last_keys = 9, {"step", "epoch", "train/loss"}
     tracker.started(Server(known))
     for step in range(12):
         training = {"step": step, "epoch": 0.0, "train/loss": 1.0}
@@ -314,7 +317,7 @@ def test_pictures_tables_and_artifacts_arrive(tmp_path, monkeypatch):
     trackers.artifact("my run", tmp_path / "model", ["final"], {"step": 5})
     trackers.summary({"best/step": 5})
     trackers.close(0)
-    assert said == []
+    assert len(said) == 1 and "is logged offline" in said[0]
     loss, picture, table = history(tmp_path)
     assert loss["train/loss"] == "NaN" and picture["step"] == table["step"] == 5
     assert "curves" in json.dumps(picture) and "mistakes" in json.dumps(table)
@@ -352,11 +355,14 @@ def holding(word: bytes, folder: Path) -> list[Path]:
 
 def test_no_secret_of_the_environment_reaches_a_file(tmp_path):
     secret = "CANARY-7f3a9c5e"
-    names = ("WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET", "DATABASE_PASSWORD", "MY_KEY")
+    names = ("WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET", "DATABASE_PASSWORD", "MY_KEY",
+             "SLURM_JWT", "SLURM_REST_TOKEN")
     environment = {name: f"{secret}-{name}" for name in names}
-    environment |= {"HTTPS_PROXY": f"http://user:{secret}@127.0.0.1:9", "HOME": str(tmp_path)}
+    environment |= {"HTTPS_PROXY": f"http://user:{secret}@127.0.0.1:9", "HOME": str(tmp_path),
+                    "SLURM_JOB_ID": "5"}
     run = tmp_path / "run"
-    result = fork(["--run_dir", str(run), *SHORT, "--log.upload_model"],
+    overridden = ["--data.source", f"https://u:{secret}@h/x.csv", "--data.source", "builtin:digits"]
+    result = fork(["--run_dir", str(run), *SHORT, "--log.upload_model", *overridden],
                   XDG_DATA_HOME=str(tmp_path), **environment)
     assert result.returncode == 0 and secret not in result.stdout + result.stderr
     assert len(list(run.glob("wandb/*run-*/**/*"))) > 3
@@ -369,7 +375,12 @@ SECRETS = [
     ["--data.source", "https://CANARY@host/data.csv"],
     ["--data.source", "https://host/data.csv?access_token=CANARY"],
     ["--log.notes", "the token is CANARY-of-mine"],
-    ["--log.tags", "[x, 's3://key:CANARY@bucket/x']"],
+    ["--log.tags", "[x, 's3://key:CANARY@bucket/x']"], ["--model.args.apiKey", "CANARY"],
+    ["--model.args.passwd", "CANARY"], ["--model.args.api_key", "<CANARY>"],
+    ["--data.source", "https://host/x?sig=CANARY&sv=1"],
+    ["--data.source", "https://host/x?AWSAccessKeyId=CANARY"],
+    ["--data.source", "https://host/x#access_token=CANARY"],
+    ["--data.source", "https://user:CAN@ARY@host/data.csv"],
 ]
 
 
@@ -395,14 +406,33 @@ def test_an_option_that_holds_a_secret_is_refused_without_repeating_it(
     {"data": {"source": "https://host:8080/a.csv?page=3", "token_range": "5"}},
     {"log": {"notes": "mail me@host.org: a/b@c", "name": "key"}},
     {"data": {"source": "ssh://git@host/data", "keys": ["x"]}},
+    {"data": {"source": "https://host/x?page_token=3&key=sheet1"}},
+    {"data": {"source": "https://host:80/path@2x.png?q=a@b"}},
+    {"model": {"args": {"sort_key": "name", "label_key": "y", "unk_token": "unk", "monkey": "x",
+                        "sep_token": "\n", "pad_token": 0, "max_tokens": 12345678}}},
 ])
 def test_what_is_no_secret_is_left_alone(options):
     assert credentials.mistakes(options) == []
 
 
+def test_a_secret_that_yaml_reads_as_a_number_is_one(monkeypatch):
+    monkeypatch.setenv("MY_TOKEN", "1234567890123")
+    [line] = credentials.mistakes({"log": {"notes": 1234567890123, "every": 123}})
+    assert line.startswith("log.notes: ") and "$MY_TOKEN" in line and "123456" not in line
+    [line] = credentials.mistakes({"model": {"args": {"api_key": 12345678, "size": 12345678}}})
+    assert line.startswith("model.args.api_key: ")
+
+
+def test_the_file_that_holds_a_secret_is_none(monkeypatch, tmp_path):
+    monkeypatch.setenv("REPO_KEY", str(tmp_path))
+    assert credentials.mistakes({"data": {"source": f"{tmp_path}/train.csv"}}) == []
+
+
 def test_texts_lose_their_secrets(monkeypatch):
     monkeypatch.setenv("SOME_KEY", "abcdefgh1234")
     monkeypatch.setenv("SHORT_KEY", "abc")
+    monkeypatch.setenv("DB_PASSWORD", "password")
+    assert credentials.redact("https://h/x?password=CANARY") == "https://h/x?***=***"
     text = "GET http://me:pw@host/x?api_key=5&page=2 with abcdefgh1234; abc"
     assert credentials.redact(text) == "GET http://***@host/x?api_key=***&page=2 with ***; abc"
 

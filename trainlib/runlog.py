@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from trainlib.trackers import Trackers
 
 
+_DIVERGED = 3  # exit code of a run whose curves tell why
+
+
 class LogOptions(Options):
     every: int = Field(10, ge=1)
     """Steps between training records in metrics.jsonl and the trackers."""
@@ -200,17 +203,22 @@ class RunLog:
                 f'them with trainlib.models.load_model("{self.folder}").'
             )
 
-    def close(self, exit_code: int = 0) -> None:
+    def close(self, exit_code: int = 0) -> bool:
         """Ends the bar, the file and the trackers; a second call does nothing.
 
         Args:
             exit_code: with which the process will end.
+
+        Returns:
+            Whether a tracker was given up, which may yet hold the process back.
         """
-        if not self.is_main or self._file.closed:
-            return
-        self._end_bar()
-        self._file.close()
-        self.trackers.close(exit_code)
+        if self.is_main and not self._file.closed:
+            self._end_bar()
+            self._file.close()
+            if exit_code == _DIVERGED and self.options.report:
+                self._draw()
+            self.trackers.close(exit_code)
+        return self.trackers.has_abandoned
 
     def _write(self, step: int, values: dict[str, float]) -> None:
         # JSON has no NaN; null says as much, and bad_steps.jsonl tells the story.
@@ -222,8 +230,11 @@ class RunLog:
 
     def _records(self) -> list[dict]:
         """Those of before an interruption."""
-        lines = self._path.read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines]
+        records = []
+        for line in self._path.read_bytes().splitlines():
+            with suppress(ValueError):  # what a power cut has torn
+                records.append(json.loads(line))
+        return [record for record in records if isinstance(record, dict) and "step" in record]
 
     def _end_bar(self) -> None:
         if self._bar is not None:

@@ -50,10 +50,12 @@ def run(main: Callable[[list[str]], None]) -> None:
             stream.flush()
         except OSError:  # or Python would try again at its end, and change the exit code
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-    if torch.distributed.is_initialized():
-        if code == 0:
-            torch.distributed.barrier()
-        # gloo's threads abort the interpreter's shutdown now and then, long after the work is
-        # done (measured: 2 of 15 exits). Everything is written; leave without that shutdown.
+    is_distributed = torch.distributed.is_initialized()
+    if is_distributed and code == 0:
+        torch.distributed.barrier()
+    # gloo's threads abort the interpreter's shutdown now and then, long after the work is done
+    # (measured: 2 of 15 exits), and one that was given up, such as a tracker's process, is waited
+    # for without end. Everything is written; leave without that shutdown.
+    if is_distributed or (RunFolder.current is not None and RunFolder.current.has_abandoned):
         os._exit(code)
     sys.exit(code)

@@ -40,7 +40,9 @@ class RunFolder:
         self.notes: list[str] = []
         """Lines for the log."""
         self.at_exit: list[Callable[[], object]] = []
-        """Called, in order, before the process ends for whatever reason."""
+        """Called, in order, before the process ends for whatever reason; one that answers yes has
+        left something that may hold the process back."""
+        self.has_abandoned = False
         self._lock: RunLock | None = None
         self._is_new = self._is_open = False
         RunFolder.current = self
@@ -148,7 +150,9 @@ class RunFolder:
                 file.unlink(missing_ok=True)
             elif file.exists():
                 # A new file: what a run that was robbed of this folder adds goes into the old one.
-                durable.write_text(file, file.read_bytes()[:size].decode())
+                # A line that a power cut has torn goes, or the next one would be glued to it.
+                whole = file.read_bytes()[:size].rpartition(b"\n")
+                durable.write_bytes(file, whole[0] + whole[1])
         durable.write_text(self.path / "config.yaml", config)
         machine = describe_machine(accelerator)
         start = {"time": _now(), "step": step, "processes": machine["world_size"]}
@@ -175,7 +179,7 @@ class RunFolder:
             print(f"exit.json cannot be written: {error}", file=sys.stderr)
         for action in self.at_exit:
             try:
-                action()
+                self.has_abandoned |= bool(action())
             except Exception as error:  # the end of one thing must not be that of the others
                 print(f"at exit: {error}", file=sys.stderr)
         if self._lock is not None:

@@ -14,13 +14,18 @@ Histogram = tuple[np.ndarray, np.ndarray]
 
 
 def histogram(values: Tensor) -> Histogram | None:
-    """Counts [bins] and edges [bins + 1]; none where a value is not finite."""
+    """Counts [bins] and edges [bins + 1] of what a tensor, maybe a sparse one, holds; none where
+    that is nothing or not finite, or lies too close together for bins."""
+    values = values.detach().coalesce().values() if values.is_sparse else values.detach()
     # On the host: torch.histc of a GPU is refused among deterministic algorithms.
     # In double, because numpy refuses bins between two neighbouring numbers.
-    numbers = values.detach().cpu().double().numpy().ravel()
+    numbers = values.cpu().double().numpy().ravel()
     if numbers.size == 0 or not np.isfinite(numbers).all():
         return None
-    return np.histogram(numbers, bins=_NUM_BINS)
+    try:
+        return np.histogram(numbers, bins=_NUM_BINS)
+    except ValueError:  # neighbouring doubles
+        return None
 
 
 class Histograms:
@@ -29,14 +34,16 @@ class Histograms:
 
     def __init__(
         self, module: nn.Module, optimizer: torch.optim.Optimizer, every: int, total_steps: int,
-        step: Callable[[], int],
+        step: Callable[[], int], is_wanted: Callable[[], object] = lambda: True,
     ):
         """
         Args:
             optimizer: unwrapped.
             every: steps between them.
             step: how many steps have been taken so far.
+            is_wanted: whether there is anyone left to take them.
         """
+        self._is_wanted = is_wanted
         self._module, self._every, self._total_steps, self._step = module, every, total_steps, step
         self._taken: dict[int, dict[str, Histogram]] = {}
         optimizer.register_step_pre_hook(lambda *_: self._take())
@@ -47,7 +54,7 @@ class Histograms:
 
     def _take(self) -> None:
         step = self._step() + 1
-        if not is_time(step, self._every, self._total_steps):
+        if not (is_time(step, self._every, self._total_steps) and self._is_wanted()):
             return
         found = {}
         for name, parameter in self._module.named_parameters():

@@ -44,9 +44,11 @@ class Trackers:
         self._config, self._first_step = config, first_step
         self._trackers: list[Tracker] = []
         self._histograms: Histograms | None = None
+        self.has_abandoned = False
+        """Whether one was given up, which may wait without end when the interpreter shuts down."""
 
     def start(self, say: Callable[[str], None]) -> None:
-        """Starts them, which takes a minute each at most.
+        """Starts them, which takes a minute each at most, two where there is a second way.
 
         Args:
             say: prints a line.
@@ -57,6 +59,7 @@ class Trackers:
                 tracker = _KINDS[name](self._folder, self._options, self._first_step)
                 is_started = self._start(tracker, parse_yaml(self._config))
             except Exception as error:
+                self.has_abandoned = True
                 say(f"tracker: {name} not started ({one_line(error)}); metrics.jsonl has "
                     "everything")
                 continue
@@ -86,7 +89,9 @@ class Trackers:
     ) -> None:
         """Has histograms taken before an update when it is time, as ``Histograms`` says."""
         if self._trackers:
-            self._histograms = Histograms(module, optimizer, every, total_steps, step)
+            self._histograms = Histograms(
+                module, optimizer, every, total_steps, step, lambda: self._trackers
+            )
 
     def add_histograms(self, step: int) -> None:
         """Adds those that were taken in the update that led to ``step``, if there are any and they
@@ -94,10 +99,7 @@ class Trackers:
         histograms = {} if self._histograms is None else self._histograms.pop(step)
         if not histograms:
             return
-        keys = dict.fromkeys(histograms, 0.0) | {"step": step}
-        self._each("stopped", lambda tracker: (
-            None if tracker.has(keys) else tracker.histograms(step, histograms)
-        ))
+        self._new(histograms, lambda tracker: tracker.histograms(step, histograms), step)
 
     def summary(self, values: Mapping[str, float]) -> None:
         """Sets numbers that stand for the whole run."""
@@ -113,12 +115,12 @@ class Trackers:
             finished.hand_over(self, self._folder, pictures)
 
     def images(self, images: Mapping[str, Path]) -> None:
-        """Adds pictures by name, at the last step."""
-        self._each("stopped", lambda tracker: tracker.images(images))
+        """Adds pictures by name, at the last step, where they are not there already."""
+        self._new(images, lambda tracker: tracker.images(images))
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence]) -> None:
         """Adds a table at the last step; a cell may be a number, a text or the path of a PNG."""
-        self._each("stopped", lambda tracker: tracker.table(name, columns, rows))
+        self._new([name], lambda tracker: tracker.table(name, columns, rows))
 
     def chart(
         self, name: str, kind: str, columns: Sequence[str], rows: Sequence[Sequence]
@@ -126,7 +128,7 @@ class Trackers:
         """Adds a chart that is drawn from a table, ``line`` or ``confusion``, if it has rows (W&B
         only)."""
         if rows:
-            self._each("stopped", lambda tracker: tracker.chart(name, kind, columns, rows))
+            self._new([name], lambda tracker: tracker.chart(name, kind, columns, rows))
 
     def artifact(
         self, name: str, folder: Path, aliases: Sequence[str], metadata: Mapping[str, Any]
@@ -154,7 +156,8 @@ class Trackers:
             # init_trackers starts all that it finds, so it shall find this one only.
             accelerator.trackers = []
             accelerator.init_trackers(tracker.project, shown, {tracker.name: tracker.settings()})
-            tracker.started(accelerator.trackers[0])
+            # One that was given up may still come, and stand there, too.
+            tracker.started(next(t for t in accelerator.trackers if t.name == tracker.name))
 
         try:
             try:
@@ -173,12 +176,25 @@ class Trackers:
         if not tracker.has(record):
             tracker.log(record)
 
+    def _new(
+        self, names: Iterable[str], act: Callable[[Tracker], object], step: int | None = None
+    ) -> None:
+        """Adds what has these names to each tracker that does not have it at that step, or at the
+        last one, from before an interruption."""
+        def add(tracker: Tracker) -> None:
+            keys = dict.fromkeys(names, 0.0) | {"step": tracker.step if step is None else step}
+            if not tracker.has(keys):
+                act(tracker)
+
+        self._each("stopped", add)
+
     def _each(self, what: str, act: Callable[[Tracker], object]) -> None:
         for tracker in list(self._trackers):
             try:
                 act(tracker)
             except Exception as error:
                 self._trackers.remove(tracker)
+                self.has_abandoned = True
                 self._say(f"tracker: {what}: {tracker.name} ({one_line(error)}); metrics.jsonl has "
                           "everything")
 

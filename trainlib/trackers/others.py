@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
+import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from trainlib import durable
 from trainlib.config import flatten
 
 if TYPE_CHECKING:
@@ -98,6 +101,17 @@ class Trackio(Tracker):
 
     name = "trackio"
 
+    def __init__(self, folder: Path, options: LogOptions, first_step: int):
+        super().__init__(folder, options, first_step)
+        # Runs of one name are one run to trackio: another folder's, or this one's before it was
+        # removed, must not be gone on with.
+        file = folder / "trackio_run.json"
+        try:
+            self.run_name = json.loads(file.read_text(encoding="utf-8"))["name"]
+        except (OSError, ValueError, LookupError, TypeError):
+            self.run_name += f"-{secrets.token_hex(3)}"
+            durable.write_text(file, json.dumps({"name": self.run_name}) + "\n")
+
     def settings(self) -> dict[str, Any]:
         return {"name": self.run_name, "group": self.options.group, "resume": "allow",
                 "embed": False, "config": self._config}
@@ -125,7 +139,7 @@ class Trackio(Tracker):
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence]) -> None:
         import trackio
 
-        table = trackio.Table(columns=list(columns), data=[list(row) for row in rows])
+        table = trackio.Table(columns=list(columns), data=_plain(rows))
         self.tracker.log({name: table}, step=self.step)
 
 
@@ -169,6 +183,13 @@ class TensorBoard(Tracker):
             self.tracker.tracker.add_image(name, pixels, self.step, dataformats="HWC")
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence]) -> None:
-        lines = [columns, ["---"] * len(columns), *rows]
-        text = "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+        lines = [columns, ["---"] * len(columns), *_plain(rows)]
+        text = "\n".join("| " + " | ".join(
+            " ".join(str(cell).replace("|", r"\|").split()) for cell in line) + " |"
+            for line in lines)
         self.tracker.tracker.add_text(name, text, self.step)
+
+
+def _plain(rows: Sequence[Sequence]) -> list[list]:
+    """Rows with the names of pictures, which these tables do not show."""
+    return [[cell.name if isinstance(cell, Path) else cell for cell in row] for row in rows]

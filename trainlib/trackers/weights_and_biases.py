@@ -15,13 +15,16 @@ import netrc
 import os
 import re
 import secrets
+import shlex
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainlib import durable
+from trainlib.credentials import redact
 from trainlib.trackers.others import Record, Tracker
 
 if TYPE_CHECKING:
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
     from trainlib.trackers.histograms import Histogram
 
 _ID_FILE = "wandb_run.json"
+_ONLINE = (None, "online", "shared")  # modes that need a key
 _INIT_SECONDS, _FINISH_SECONDS, _FLUSH_SECONDS, _READ_SECONDS = 20, 60, 1, 120
 # W&B's own charts, and what each calls its columns.
 _CHARTS = {
@@ -48,20 +52,19 @@ class WeightsAndBiases(Tracker):
     def __init__(self, folder: Path, options: LogOptions, first_step: int):
         super().__init__(folder, options, first_step)
         self._id = _run_id(folder)
-        self._mode = os.environ.get("WANDB_MODE") or None
+        self._mode, self._why = os.environ.get("WANDB_MODE") or None, ""
         # Decided before init, which without a key asks for one and waits.
-        if self._mode is None and not _has_key():
-            self._go_offline("no key found")
-        self._written: dict[int, set[str]] = {}
+        if self._mode in _ONLINE and not _has_key():
+            self._go_offline("no key found, so ")
         self._is_retry = False
-
-    def settings(self) -> dict[str, Any]:
+        self._last_keys: set[str] = set()
         try:
-            self._written = _written_keys(self.folder, self._id)
-            self._last_known = max(self._written, default=-1)
+            self._last_known, self._last_keys = _last_written(folder, self._id)
         except (OSError, ValueError, subprocess.SubprocessError):
             # Then what stands in metrics.jsonl counts as logged, and is not logged once more.
-            self._last_known = self.first_step + 1
+            self._last_known = first_step + 1
+
+    def settings(self) -> dict[str, Any]:
         if self._is_retry:
             import wandb
 
@@ -73,17 +76,19 @@ class WeightsAndBiases(Tracker):
             "notes": options.notes,
             "settings": {
                 "silent": True, "console": "off", "save_code": False, "disable_code": True,
-                "disable_git": True, "init_timeout": _INIT_SECONDS,
+                "disable_git": True,
+                # It would hold all of SLURM's variables, tokens among them, and the command line.
+                "x_disable_meta": True, "init_timeout": _INIT_SECONDS,
                 "finish_timeout": _FINISH_SECONDS,
                 "x_transaction_log_flush_interval": _FLUSH_SECONDS,
             },
         }
 
     def start_again(self, error: Exception) -> bool:
-        if self._mode not in (None, "online", "shared") or isinstance(error, TimeoutError):
+        if self._mode not in _ONLINE or isinstance(error, TimeoutError):
             return False
         self._is_retry = True
-        self._go_offline(f"not started ({' '.join(str(error).split())[:120]})")
+        self._go_offline(f"not started ({redact(' '.join(str(error).split()))[:120]}), so ")
         return True
 
     def started(self, tracker: GeneralTracker) -> None:
@@ -92,8 +97,17 @@ class WeightsAndBiases(Tracker):
         if self.run.resumed:
             # A server has what reached it, whatever the files here say.
             self._last_known = self.run.summary.get("step", -1)
-        elif self._mode != "offline":
+        elif not self.run.offline:
             self._last_known = -1
+        if self.run.offline:
+            logs = shlex.quote(str(self.folder / "wandb"))
+            self.notes.append(
+                f"wandb: {self._why}this run is logged offline; look at it with `wandb leet {logs}`"
+                f", upload it with `wandb sync {logs}/offline-run-*`")
+        machine = self.folder / "environment.json"
+        if machine.exists():
+            self.run.config.update({"environment": json.loads(machine.read_text(encoding="utf-8"))},
+                                   allow_val_change=True)
         self.run.define_metric("step", hidden=True)
         self.run.define_metric("*", step_metric="step")
 
@@ -101,7 +115,7 @@ class WeightsAndBiases(Tracker):
         step = record["step"]
         if step != self._last_known:
             return step < self._last_known
-        return record.keys() <= self._written.get(step, set())
+        return record.keys() <= self._last_keys
 
     def log(self, record: Record) -> None:
         self.step = record["step"]
@@ -146,7 +160,8 @@ class WeightsAndBiases(Tracker):
 
         name = re.sub(r"[^\w.-]", "-", name, flags=re.ASCII)  # all that W&B takes
         artifact = wandb.Artifact(name, type="model", metadata=dict(metadata))
-        artifact.add_dir(str(folder))
+        for file in sorted(folder.iterdir()):  # add_dir would print
+            artifact.add_file(str(file))
         self.run.log_artifact(artifact, aliases=list(aliases))
 
     def finish(self, exit_code: int) -> None:
@@ -154,11 +169,8 @@ class WeightsAndBiases(Tracker):
             self.run.mark_preempting()
         self.run.finish(exit_code=exit_code)
 
-    def _go_offline(self, reason: str) -> None:
-        self._mode = "offline"
-        logs = self.folder / "wandb"
-        self.notes.append(f"wandb: {reason}, so this run is logged offline; look at it with `wandb "
-                          f"leet {logs}`, upload it with `wandb sync {logs}/offline-run-*`")
+    def _go_offline(self, why: str) -> None:
+        self._mode, self._why = "offline", why
 
 
 def _run_id(folder: Path) -> str:
@@ -172,23 +184,41 @@ def _run_id(folder: Path) -> str:
         return run_id
 
 
-def _written_keys(folder: Path, run_id: str) -> dict[int, set[str]]:
-    """The keys at each step in the files of the run's earlier sessions, by W&B's own reader.
+def _last_written(folder: Path, run_id: str) -> tuple[int, set[str]]:
+    """The last step in the files of the run's earlier sessions, -1 if there is none, and the keys
+    that were logged at it, by W&B's own reader.
+
+    A session goes on where the one before it ended: the newest that holds a step tells.
 
     Raises:
-        OSError, ValueError, subprocess.SubprocessError: they cannot be read.
+        OSError, ValueError, subprocess.SubprocessError: they cannot be read, or not in two minutes.
     """
-    keys: dict[int, set[str]] = {}
-    for file in sorted(folder.glob(f"wandb/*run-*-{run_id}/run-{run_id}.wandb")):
-        command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
-        output = subprocess.run(command, capture_output=True, check=True, timeout=_READ_SECONDS)
-        for line in output.stdout.splitlines():
-            item = json.loads(line).get("history", {}).get("item", {})
-            if "step" in item:
-                # A histogram or a picture is shown as several keys: NAME._type and others.
-                names = {key.removesuffix("._type") for key in item}
-                keys.setdefault(item["step"], set()).update(names)
-    return keys
+    for file in sorted(folder.glob(f"wandb/*run-*-{run_id}/run-{run_id}.wandb"), reverse=True):
+        last, keys = -1, set()
+        for item in _history(file):
+            if item.get("step", -1) > last:
+                last, keys = item["step"], set()
+            # A histogram or a picture is shown as several keys: NAME._type and others.
+            if item.get("step") == last:
+                keys |= {key.removesuffix("._type") for key in item}
+        if last >= 0:
+            return last, keys
+    return -1, set()
+
+
+def _history(file: Path) -> Iterator[dict[str, Any]]:
+    """The records in a file of W&B's, one at a time: there may be millions."""
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as reader:
+        limit = threading.Timer(_READ_SECONDS, reader.kill)
+        limit.start()
+        try:
+            for line in reader.stdout:
+                yield json.loads(line).get("history", {}).get("item", {})
+        finally:
+            limit.cancel()
+    if reader.returncode != 0:
+        raise subprocess.CalledProcessError(reader.returncode, command)
 
 
 def _has_key() -> bool:
