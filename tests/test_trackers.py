@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -258,6 +259,50 @@ def test_a_tracker_that_fails_or_hangs_changes_no_bit_and_one_line_says_so(
     assert line.startswith(said) and "CANARY" not in result.stdout + result.stderr
     assert_same_run(bare, run)
     assert json.loads((run / "exit.json").read_text())["code"] == 0
+
+
+STOPPED = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+import train
+from trainlib import data, runtime
+from trainlib.trackers import mirror
+
+mirror._FINISH_SECONDS = 3
+take = data.Reader.take
+
+def stopping(self, step):
+    if step == 20:
+        for pid in filter(str.isdigit, os.listdir("/proc")):
+            try:
+                with open(f"/proc/{{pid}}/stat") as stat, open(f"/proc/{{pid}}/cmdline") as words:
+                    parent, command = int(stat.read().rsplit(")", 1)[1].split()[1]), words.read()
+            except OSError:
+                continue
+            if parent == os.getpid() and "wandb-core" in command:
+                with open(sys.argv[2] + ".pid", "w") as file:
+                    file.write(pid)
+                os.kill(int(pid), signal.SIGSTOP)
+    return take(self, step)
+
+data.Reader.take = stopping
+runtime.run(train.main)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux's /proc")
+def test_the_process_ends_though_wandbs_hangs(tmp_path, bare):
+    """As on a dead disk: W&B's own exit handler would wait for its process without end."""
+    script, run = tmp_path / "stopped.py", tmp_path / "run"
+    script.write_text(STOPPED.format(root=str(ROOT)))
+    try:
+        result = launch(["--run_dir", str(run), *SHORT, "--log.report", "false"],
+                        script=str(script))
+        assert result.returncode == 0
+        assert "tracker: could not finish: wandb (no answer within 3 s)" in result.stdout
+        assert_same_run(bare, run)
+    finally:
+        os.kill(int((tmp_path / "run.pid").read_text()), signal.SIGKILL)
 
 
 def test_each_of_several_trackers_gets_every_record_and_fails_alone(tmp_path, bare):
