@@ -1,0 +1,149 @@
+"""The terminal: a bar that fits, rows that stand under one another, and who says what."""
+
+import math
+import re
+
+import pytest
+from launching import assert_same_run, train
+from pseudo_terminal import run_on_terminal, screen
+from tqdm import tqdm
+from warm import fork
+
+from trainlib.terminal.bar import layout
+from trainlib.terminal.progress import RunProgress
+from trainlib.terminal.table import METRIC_WIDTH, Table, duration, metric
+
+SHORT = ["--batch.micro_size", "16", "--loop.duration", "60 steps", "--loop.eval_every", "20 steps",
+         "--log.every", "2", "--log.trackers", "[]", "--log.pictures", "false"]
+FIELDS = ["loss 0.1234", "accuracy 0.9870", "ETA 5h04m", "12,345 samples/s", "0.61 GiB"]
+
+
+@pytest.mark.parametrize("total", [7, 1348, 10**7])
+def test_the_bar_fits_every_width_and_the_last_fields_go_first(total):
+    former = 0
+    for width in range(1, 160):
+        bar_format = layout(total // 3, total, FIELDS, width)
+        line = tqdm.format_meter(total // 3, total, 1.0, ncols=width, bar_format=bar_format)
+        assert len(line) <= width
+        kept = [field in line for field in FIELDS]
+        assert kept == sorted(kept, reverse=True) and sum(kept) >= former
+        former = sum(kept)
+    assert former == len(FIELDS) and f"{total // 3}/{total}" in line
+
+
+@pytest.mark.parametrize("names", [["eval/loss"], ["eval/loss", "eval/a/x", "eval/bcdefghijk/f1"],
+                                   [f"eval/task{number}/accuracy" for number in range(9)]])
+def test_every_cell_ends_below_its_column_name(names):
+    numbers = dict.fromkeys(names, METRIC_WIDTH)
+    table = Table({"step": 4, **numbers, "ETA": 5, "best": 4}, names, ["ETA"])
+    values = [[0.5, 123.4567, 12345.678, 1.5e-7, math.nan, 0.0, 1e30, 999999.9, -0.5]] * 70
+    texts = [table.row({"step": "7", "best": "best"} | dict(zip(names, map(metric, row),
+             strict=False)), number == 3) for number, row in enumerate(values)]
+    *above, last = texts[0].splitlines()[:-1]
+    assert [number for number, text in enumerate(texts) if "\n" in text] == [0, 3, 33, 63]
+    ends = [match.end() for match in re.finditer(r"\S+", last)]
+    for text in texts:
+        row = text.splitlines()[-1]
+        assert [match.end() for match in re.finditer(r"\S+", row)][: len(names) + 1] == (
+            ends[: len(names) + 1])
+    heads = [" ".join(line[:end].split()[-1] for line in [*above, last]
+                      if line[end - 1: end].strip()) for end in ends]
+    assert heads[1: len(names) + 1] in (names, [name.replace("/", " ") for name in names])
+    if len(names) == 1:
+        assert len(last) <= 80 and "ETA" in last
+
+
+@pytest.mark.parametrize("seconds, text", [
+    (0, "0:00"), (59.6, "1:00"), (3599, "59:59"), (3600, "1h00m"), (359999, "99h59m"),
+    (360000, "4d"), (math.nan, "?"),
+])
+def test_durations_are_short(seconds, text):
+    assert duration(seconds) == text
+
+
+class Clock:
+    """A run that is told how long everything takes."""
+
+    def __init__(self, **options):
+        self.now, self.said = 100.0, []
+        options = {"total_steps": 50, "first_step": 0, "eval_every": 8} | options
+        self.total_steps, self.eval_every = options["total_steps"], options["eval_every"]
+        self.progress = RunProgress(
+            self.said.append, lambda: len(self.said), samples_per_step=64, epochs_per_step=0.1,
+            shown=["eval/loss"], monitor="eval/accuracy", peak_gib=lambda: 0.5,
+            clock=lambda: self.now, **options)
+
+    def run(self, step, step_seconds, eval_seconds):
+        """One step and what follows; the time left, as the progress sees it."""
+        self.now += step_seconds
+        self.progress.step(step, 1.0, True)
+        if step % self.eval_every == 0 or step == self.total_steps:
+            self.now += eval_seconds
+            metrics = {"eval/loss": 0.5, "eval/accuracy": 0.25}
+            self.progress.evaluation(step, metrics, False, eval_seconds)
+        return self.progress.seconds_left(step)
+
+
+@pytest.mark.parametrize("first_step", [0, 20])
+def test_the_time_left_counts_evaluations_as_what_they_cost(first_step):
+    clock = Clock(first_step=first_step)
+    left = {step: clock.run(step, 2.0, 30.0) for step in range(first_step + 1, 51)}
+    for step in range(first_step + 9, 51):
+        evaluations = [at for at in (*range(8, 50, 8), 50) if at > step]
+        assert left[step] == pytest.approx((50 - step) * 2 + len(evaluations) * 30)
+    assert math.isnan(left[first_step + 1])
+
+
+@pytest.mark.parametrize("every, wanted", [
+    ((0, 30.0), [1, 14, 21, 30]),  # 13 steps are the first that last 30 s
+    ((7, None), [7, 14, 21, 28, 30]),
+])
+def test_lines_come_at_their_interval_and_never_beside_an_evaluation(every, wanted):
+    clock = Clock(every=every, total_steps=30, eval_every=21)
+    for step in range(1, 31):
+        clock.run(step, 2.4, 1.0)
+    rows = [line.split() for said in clock.said for line in said.splitlines()]
+    steps = [int(row[0]) for row in rows if row[0].isdigit()]
+    assert steps == wanted
+    assert sum(row[0] == "step" for row in rows) == 1
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """A run without a terminal."""
+    folder = tmp_path_factory.mktemp("plain") / "run"
+    return train(folder, *SHORT, "--log.print_every", "7 steps")
+
+
+@pytest.mark.parametrize("columns", [20, 80, 120])
+def test_on_a_terminal_a_bar_stays_below_the_lines(tmp_path, plain, columns):
+    run = tmp_path / "run"
+    stopped = fork(["--run_dir", str(run), *SHORT], script="tests/struck_train.py",
+                   STRIKE="SIGTERM step 30")
+    assert stopped.returncode == 75
+    code, written = run_on_terminal(["--run_dir", str(run), *SHORT], columns, NO_COLOR="1")
+    assert code == 0 and "\x1b" not in written
+    assert_same_run(plain, run)
+    drawn = [text for text in re.split("[\r\n]", written) if re.match(r" ?\d+%", text)]
+    assert drawn[0].startswith(" 52%")  # the step that the signal met was finished
+    assert max(map(len, drawn)) < columns
+    lines = screen(written, columns)
+    [bar] = [line for line in lines if re.match(r" ?\d+%", line)]
+    assert bar.startswith("100%")
+    if columns >= 80:
+        assert "GiB" in bar and "samples/s" in bar and "ETA 0:00" in bar and "accuracy" in bar
+        rows = [line.split()[0] for line in lines if re.match(r" *(step|\d+)  ", line)]
+        assert rows[:3] == ["step", "40", "60"]
+
+
+def test_where_no_line_can_be_written_over_there_are_plain_ones(tmp_path, plain):
+    run = tmp_path / "run"
+    code, written = run_on_terminal(
+        ["--run_dir", str(run), *SHORT, "--log.print_every", "7 steps"], 80, TERM="dumb")
+    assert code == 0 and "\r" not in written.replace("\r\n", "") and "\x1b" not in written
+    assert_same_run(plain, run)
+    piped = fork(["--run_dir", str(tmp_path / "piped"), *SHORT, "--log.print_every", "7 steps"])
+    for text in (written, piped.stdout):
+        steps = re.findall(r"^ *(\d+)  +\d+\.\d\d  ", text, re.MULTILINE)
+        assert steps == ["7", "14", "20", "21", "28", "35", "40", "42", "49", "56", "60"]
+    assert "|" not in piped.stdout + piped.stderr
