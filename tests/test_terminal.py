@@ -1,10 +1,12 @@
 """The terminal: a bar that fits, rows that stand under one another, and who says what."""
 
+import json
 import math
 import re
+from pathlib import Path
 
 import pytest
-from launching import assert_same_run, train
+from launching import ROOT, assert_same_run, train
 from pseudo_terminal import run_on_terminal, screen
 from tqdm import tqdm
 from warm import fork
@@ -65,11 +67,12 @@ class Clock:
     """A run that is told how long everything takes."""
 
     def __init__(self, **options):
-        self.now, self.said = 100.0, []
-        options = {"total_steps": 50, "first_step": 0, "eval_every": 8} | options
+        self.now = 100.0
+        options = {"total_steps": 50, "first_step": 0, "eval_every": 8,
+                   "every": (0, 30.0)} | options
         self.total_steps, self.eval_every = options["total_steps"], options["eval_every"]
         self.progress = RunProgress(
-            self.said.append, lambda: len(self.said), samples_per_step=64, epochs_per_step=0.1,
+            samples_per_step=64, epochs_per_step=0.1,
             shown=["eval/loss"], monitor="eval/accuracy", peak_gib=lambda: 0.5,
             clock=lambda: self.now, **options)
 
@@ -98,11 +101,11 @@ def test_the_time_left_counts_evaluations_as_what_they_cost(first_step):
     ((0, 30.0), [1, 14, 21, 30]),  # 13 steps are the first that last 30 s
     ((7, None), [7, 14, 21, 28, 30]),
 ])
-def test_lines_come_at_their_interval_and_never_beside_an_evaluation(every, wanted):
+def test_lines_come_at_their_interval_and_never_beside_an_evaluation(every, wanted, capsys):
     clock = Clock(every=every, total_steps=30, eval_every=21)
     for step in range(1, 31):
         clock.run(step, 2.4, 1.0)
-    rows = [line.split() for said in clock.said for line in said.splitlines()]
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     steps = [int(row[0]) for row in rows if row[0].isdigit()]
     assert steps == wanted
     assert sum(row[0] == "step" for row in rows) == 1
@@ -147,3 +150,80 @@ def test_where_no_line_can_be_written_over_there_are_plain_ones(tmp_path, plain)
         steps = re.findall(r"^ *(\d+)  +\d+\.\d\d  ", text, re.MULTILINE)
         assert steps == ["7", "14", "20", "21", "28", "35", "40", "42", "49", "56", "60"]
     assert "|" not in piped.stdout + piped.stderr
+
+
+SECRET = "CANARY-7f3a9c5e"
+SAID = {  # by tests/noisy_train.py in two steps, and how often it is to be seen
+    "UserWarning: one warning ***": 1, "UserWarning: two lines": 2, "of step 10 ***": 1,
+    "of step 20 ***": 1, "a record of level warning ***": 1, "an error ***": 2,
+    "WARNING: quiet: a record without a handler ***": 1, "printed ***": 2,
+    "printed in pieces ***": 2, "ZeroDivisionError: division by zero": 2,
+}
+
+
+def noisy(run, processes, **more):
+    return {"arguments": ["--run_dir", str(run), *SHORT], "script": "tests/noisy_train.py",
+            "processes": processes, "MY_TOKEN": SECRET, **more}
+
+
+def holding(word: bytes, folder: Path) -> list[Path]:
+    """The files under a folder in which a word stands."""
+    return [file for file in folder.rglob("*") if file.is_file() and word in file.read_bytes()]
+
+
+def assert_said_by_each(lines, processes):
+    for rank in range(processes):
+        mark = f"[rank {rank}] " if rank else ""
+        for text, times in SAID.items():
+            assert sum(line.startswith(mark + text) for line in lines) == times, (rank, text)
+    assert not any(SECRET in line for line in lines)
+
+
+def test_lines_of_other_processes_carry_their_rank_and_no_secret(tmp_path, plain):
+    run = tmp_path / "run"
+    result = fork(**noisy(run, 2))
+    assert json.loads((run / "exit.json").read_text())["code"] == 0, result.stderr
+    assert_same_run(plain, run)
+    streams = [text.splitlines() for text in (result.stdout, result.stderr)]
+    assert_said_by_each(streams[0] + streams[1], 2)
+    assert not any("printed" in line for line in streams[1])
+    log = (run / "log.txt").read_text().splitlines()
+    assert_said_by_each(log, 2)
+    assert sorted(log[1:]) == sorted(streams[0] + streams[1])  # whoever was first
+    assert log[0].startswith("---- ") and log[0].endswith("--log.pictures false")
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_an_error_tells_its_rank_and_no_secret(tmp_path, failing):
+    run = tmp_path / "run"
+    result = fork(**noisy(run, 2, FAIL_RANK=str(failing)))
+    assert result.returncode == 1
+    mark = "[rank 1] " if failing else ""
+    for text in (result.stderr, (run / "log.txt").read_text()):
+        start = text.index(f"{mark}Traceback (most recent call last):\n{mark}  File \"{ROOT}")
+        traceback = text[start:].splitlines()
+        last = traceback.index(f"{mark}RuntimeError: a fault at http://***@host")
+        assert all(line.startswith(mark) for line in traceback[:last])  # no other's lines between
+        assert SECRET not in text
+    assert holding(SECRET.encode(), tmp_path) == []
+
+
+def test_lines_of_all_processes_stand_above_the_bar(tmp_path):
+    code, written = run_on_terminal(columns=80, **noisy(tmp_path / "run", 2))
+    assert code == 0
+    lines = screen(written, 80)
+    assert_said_by_each(lines, 2)
+    [bar] = [line for line in lines if "%|" in line.replace(" ", "")]
+    assert bar.startswith("100%")
+    rows = [line for line in lines if re.match(r" *(20|40|60)  ", line)]
+    assert len(rows) == 3
+
+
+def test_a_resumed_run_adds_to_its_log(tmp_path):
+    run = tmp_path / "run"
+    fork(["--run_dir", str(run), *SHORT], script="tests/struck_train.py", STRIKE="SIGKILL step 30")
+    first = (run / "log.txt").read_text()
+    assert re.search(r"^ *20  ", first, re.MULTILINE)  # though the process was killed
+    assert fork(["--run_dir", str(run), *SHORT]).returncode == 0
+    whole = (run / "log.txt").read_text()
+    assert whole.startswith(first) and whole.count("----") == 2

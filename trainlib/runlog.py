@@ -12,7 +12,6 @@ import resource
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -20,11 +19,9 @@ import torch
 from accelerate import Accelerator
 from pydantic import AfterValidator, Field
 from torch import nn
-from tqdm import tqdm
 
 from trainlib import plots, terminal
 from trainlib.config import Options
-from trainlib.credentials import redact
 from trainlib.schedule import (
     check_duration,
     check_interval,
@@ -107,10 +104,9 @@ class RunLog:
         self._file = self._path.open("a", encoding="utf-8")
         every = interval(options.print_every, num_samples, samples_per_step, total_steps)
         self._progress = terminal.RunProgress(
-            self.say, lambda: self._num_said, total_steps, first_step, samples_per_step,
-            self.epochs_per_step, eval_every, shown, monitor, self._peak_gib, every,
+            total_steps, first_step, samples_per_step, self.epochs_per_step, eval_every, shown,
+            monitor, self._peak_gib, every,
         )
-        self._num_said = 0
         self.trackers.start(self.say)
         if self.trackers:
             self.trackers.replay(self._records())
@@ -118,10 +114,7 @@ class RunLog:
     def say(self, line: str | None) -> None:
         """One line on the terminal, from the main process; None is silent."""
         if self.is_main and line is not None:
-            self._num_said += 1
-            with suppress(OSError):  # the terminal, or what read the output, has gone away
-                tqdm.write(redact(line), file=sys.stdout)
-                sys.stdout.flush()
+            terminal.say(line)
 
     def watch(
         self, module: nn.Module, optimizer: torch.optim.Optimizer, step: Callable[[], int]

@@ -1,13 +1,15 @@
 """One line that is written over and over: how far a run has come."""
 
-import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from tqdm import tqdm
 
-_DRAW_SECONDS, _NARROWEST_BAR, _USUAL_WIDTH = 0.1, 4, 80
+from trainlib.terminal.lines import Lines, width
+
+_DRAW_SECONDS, _NARROWEST_BAR = 0.1, 4
 
 
 class Bar:
@@ -19,12 +21,11 @@ class Bar:
             total: steps of the whole; ``first``: of them done before.
         """
         self._clock, self._drawn_seconds = clock, -float("inf")
-        self._bar = tqdm(total=total, initial=first, file=sys.stderr, bar_format=" ")
-
-    @staticmethod
-    def is_possible() -> bool:
-        """Whether a line of the error output can be written over."""
-        return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+        self._lines = Lines.current
+        error_output = sys.stderr if self._lines is None else self._lines.streams[1].raw
+        self._bar = tqdm(total=total, initial=first, file=error_output, bar_format=" ")
+        if self._lines is not None:
+            self._lines.set_bar(self)
 
     def is_time(self) -> bool:
         """Whether the last drawing is old enough for the next one."""
@@ -39,28 +40,32 @@ class Bar:
         self._drawn_seconds = self._clock()
         bar = self._bar
         # The last column stays free: some terminals go to the next line when it is written to.
-        bar.n, bar.ncols = done, max(1, self._width() - 1)
+        bar.n, bar.ncols = done, max(1, width(bar.fp) - 1)
         bar.bar_format = layout(done, bar.total, fields, bar.ncols)
         bar.refresh()
 
     def close(self) -> None:
         """Leaves the bar as it stands; a second call does nothing."""
         self._bar.close()
+        if self._lines is not None and self._lines.bar is self:
+            self._lines.set_bar(None)
 
-    def _width(self) -> int:
-        try:
-            return os.get_terminal_size(self._bar.fp.fileno()).columns or _USUAL_WIDTH
-        except OSError:
-            return _USUAL_WIDTH
+    @contextmanager
+    def lifted(self) -> Iterator[None]:
+        """Takes the bar away while something is written in its place."""
+        with tqdm.get_lock():
+            self._bar.clear(nolock=True)
+            yield
+            self._bar.refresh(nolock=True)
 
 
-def layout(done: int, total: int, fields: Sequence[str], width: int) -> str:
+def layout(done: int, total: int, fields: Sequence[str], num_columns: int) -> str:
     """tqdm's ``bar_format``: the position, ``{bar}``, and the fields that there is room for."""
     share = f"{done / total:4.0%}"
     steps = f"{done:>{len(str(total))}}/{total}"
     for kept in range(len(fields), -1, -1):
         text = "  ".join(fields[:kept])
         for left in (f"{share}  {steps}", share):
-            if len(left) + len(text) + _NARROWEST_BAR + len(" || ") <= width:
+            if len(left) + len(text) + _NARROWEST_BAR + len(" || ") <= num_columns:
                 return f"{left} |{{bar}}| {text}"
-    return share[:width]
+    return share[:num_columns]

@@ -1,10 +1,12 @@
 """How far a run has come and how it does: a bar on a terminal, lines of a table elsewhere."""
 
 import math
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 
 from trainlib.terminal.bar import Bar
+from trainlib.terminal.lines import is_live, num_said, say
 from trainlib.terminal.table import METRIC_WIDTH, Table, duration, metric, rate
 
 _SMOOTHING = 0.3  # the weight of the newest rate in the bar, which is drawn often
@@ -14,19 +16,16 @@ class RunProgress:
     """What the terminal is shown of a run's steps and evaluations."""
 
     def __init__(
-        self, say: Callable[[str], object], num_said: Callable[[], int], total_steps: int,
-        first_step: int, samples_per_step: int, epochs_per_step: float, eval_every: int,
-        shown: Sequence[str], monitor: str, peak_gib: Callable[[], float],
-        every: tuple[int, float | None] = (0, 30.0),
-        clock: Callable[[], float] = time.perf_counter,
+        self, total_steps: int, first_step: int, samples_per_step: int, epochs_per_step: float,
+        eval_every: int, shown: Sequence[str], monitor: str, peak_gib: Callable[[], float],
+        every: tuple[int, float | None], clock: Callable[[], float] = time.perf_counter,
     ):
         """
         Args:
-            say: prints lines, around the bar; ``num_said``: how often anyone has.
             shown: the metrics of an evaluation that its row holds; the monitored one is added.
             every: steps, or seconds, between two lines where there is no bar.
         """
-        self._say, self._num_said, self._clock = say, num_said, clock
+        self._clock = clock
         self._total_steps, self._eval_every, self._monitor = total_steps, eval_every, monitor
         self._samples_per_step, self._epochs_per_step = samples_per_step, epochs_per_step
         self._every_steps, self._every_seconds = every
@@ -46,7 +45,7 @@ class RunProgress:
         self._bar_since, self._bar_rate = self._since, math.nan
         self._eval_seconds, self._num_evals = 0.0, 0
         self._line_seconds = -math.inf
-        self._bar = Bar(total_steps, first_step, clock) if Bar.is_possible() else None
+        self._bar = Bar(total_steps, first_step, clock) if is_live(sys.stderr) else None
         if self._bar is not None:
             self._bar.draw(first_step, [])
 
@@ -115,9 +114,9 @@ class RunProgress:
             "samples/s": "" if math.isnan(speed) else rate(speed),
             "ETA": duration(self.seconds_left(step)), "GiB": f"{self._peak_gib():.2f}",
             "best": best,
-        }, self._num_said() != self._said)
-        self._say(text)
-        self._said = self._num_said()
+        }, num_said() != self._said)
+        say(text)
+        self._said = num_said()
 
     def _draw(self, step: int, now: float) -> None:
         newest, self._bar_since = self._speed(step, self._bar_since)
