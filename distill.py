@@ -357,8 +357,8 @@ def train_student(options: StudentOptions, folder: runtime.RunFolder) -> None:
         raise runtime.Preempted(f"stopped by a signal at step {state.step} of {total_steps}: all "
                                 "is saved; run the same command again to go on")
     run_log.summary(state, task_list, monitor, options.loop.patience)
-    run_log.close()
     run_log.say(lines)
+    run_log.close()
 
 
 if __name__ == "__main__":

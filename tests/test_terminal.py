@@ -227,3 +227,40 @@ def test_a_resumed_run_adds_to_its_log(tmp_path):
     assert fork(["--run_dir", str(run), *SHORT]).returncode == 0
     whole = (run / "log.txt").read_text()
     assert whole.startswith(first) and whole.count("----") == 2
+
+
+def test_at_its_end_a_run_says_where_everything_is_and_what_comes_next(tmp_path):
+    flags = ["--run_dir", str(tmp_path / "run"), *SHORT]
+
+    def ends(*others, **more):
+        result = fork([*flags, *others], **more)
+        folder, _, names = re.search(r"^in (.*?)(: )(.*)$", result.stdout, re.MULTILINE).groups()
+        assert folder == flags[1] and all((Path(folder) / name).exists() for name in
+                                          names.split(", "))
+        assert result.stdout.count("\nin ") == 1
+        return result.returncode, names.split(", "), result.stdout
+
+    code, names, said = ends(script="tests/noisy_train.py", FAIL_RANK="0")
+    assert code == 1 and "same command again starts over" in said
+    code, names, said = ends(script="tests/struck_train.py", STRIKE="SIGTERM step 30")
+    assert code == 75 and "same command again goes on" in said and names[0].endswith("00000031/")
+    (tmp_path / "run" / "wandb" / "offline-run-1").mkdir(parents=True)
+    code, names, said = ends("--log.pictures", "true")
+    assert f"wandb sync {flags[1]}/wandb/offline-run-*" in said
+    assert code == 0 and {"best/", "final/", "curves.png", "log.txt"} <= set(names)
+    assert "python -m trainlib.plots" in said and "load_model" in said
+
+
+def test_a_sweep_is_shown_too(tmp_path):
+    flags = ["--sweep.steps", "40", "--sweep.verify", "5 steps"]
+    code, written = run_on_terminal(["--run_dir", str(tmp_path / "sweep"), *flags], 80,
+                                    script="lr_find.py")
+    assert code == 0
+    assert re.search(r"\d/40 \|.*\| sweep  lr .*  loss ", written)
+    lines = screen(written, 80)
+    assert sum(bool(re.match(r"100%  5/5 .* a run at", line)) for line in lines) >= 4
+    assert any(line.startswith("lr_find: ") for line in lines)
+    code, written = run_on_terminal(["--run_dir", str(tmp_path / "run"), *SHORT, "--optim.lr",
+                                     "auto"], 80)
+    assert code == 0 and re.search(r"  0%.* sweep \d+/100  lr ", written)
+    assert sum("%|" in line.replace(" ", "") for line in screen(written, 80)) == 1

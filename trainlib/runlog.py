@@ -12,6 +12,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -203,7 +204,8 @@ class RunLog:
             )
 
     def close(self, exit_code: int = 0) -> None:
-        """Ends the bar, the file and the trackers; a second call does nothing.
+        """Ends the bar, the file and the trackers, and says where all is and what comes next; a
+        second call does nothing.
 
         Args:
             exit_code: with which the process will end.
@@ -213,6 +215,8 @@ class RunLog:
         self._end_bar()
         self._file.close()
         self.trackers.close(exit_code)
+        with suppress(OSError):
+            self.say(f"\n{terminal.ending(self.folder, exit_code)}")
 
     def _write(self, step: int, values: dict[str, float]) -> None:
         # JSON has no NaN; null says as much, and bad_steps.jsonl tells the story.

@@ -6,9 +6,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 from trainlib.terminal.bar import Bar
-from trainlib.terminal.lines import is_live, num_said, say
+from trainlib.terminal.lines import Lines, is_live, num_said, say
 from trainlib.terminal.table import METRIC_WIDTH, Table, duration, metric, rate
 
+_COUNT_SECONDS = 30.0
 _SMOOTHING = 0.3  # the weight of the newest rate in the bar, which is drawn often
 
 
@@ -141,3 +142,38 @@ class RunProgress:
             return math.nan, since
         speed = (step - since[0]) * self._samples_per_step / max(seconds - since[1], 1e-9)
         return speed, (step, seconds)
+
+
+class Count:
+    """How far something has come that is no run: a bar on a terminal, or beside the run's, and a
+    line now and then elsewhere; from the main process of a script only."""
+
+    def __init__(self, what: str, total: int, clock: Callable[[], float] = time.perf_counter):
+        self._what, self._total, self._clock = what, total, clock
+        self._line_seconds = clock()
+        self._last = (0, [what])
+        self._is_shown = Lines.current is not None and Lines.current.rank == 0
+        self._bar = Bar(total) if self._is_shown and self._has_room() else None
+
+    def step(self, done: int, *fields: str) -> None:
+        """Takes in that so many of all are done."""
+        if not self._is_shown:
+            return
+        bar = Lines.current.bar
+        if bar is not None:
+            if bar.is_time() or done == self._total:
+                whose = [self._what] if bar is self._bar else [f"{self._what} {done}/{self._total}"]
+                bar.draw(done if bar is self._bar else 0, [*whose, *fields])
+            self._last = (done, [self._what, *fields])
+        elif self._clock() - self._line_seconds >= _COUNT_SECONDS:
+            self._line_seconds = self._clock()
+            say("  ".join([f"{self._what} {done}/{self._total}", *fields]))
+
+    def end(self) -> None:
+        """Leaves its bar as it stands."""
+        if self._bar is not None:
+            self._bar.draw(*self._last)
+            self._bar.close()
+
+    def _has_room(self) -> bool:
+        return is_live(sys.stderr) and Lines.current.bar is None
