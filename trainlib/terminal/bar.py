@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from tqdm import tqdm
 
@@ -46,7 +46,8 @@ class Bar:
 
     def close(self) -> None:
         """Leaves the bar as it stands; a second call does nothing."""
-        self._bar.close()
+        with suppress(OSError):  # the terminal has gone away
+            self._bar.close()
         if self._lines is not None and self._lines.bar is self:
             self._lines.set_bar(None)
 

@@ -116,10 +116,11 @@ class Lines:
                 self._write_log([])
 
     def end(self) -> None:
-        """Ends lines that were begun."""
+        """Ends lines that were begun, if the terminal is still there."""
         for stream in self.streams:
-            if stream.rest:
-                stream.write("\n")
+            with suppress(OSError):
+                if stream.rest:
+                    stream.write("\n")
 
     def _write_log(self, lines: list[str]) -> None:
         self._pending.extend(lines)
@@ -130,7 +131,8 @@ class Lines:
                 is_made = os.O_CREAT if not self.rank else 0
                 self._log = os.open(self._log_file, os.O_WRONLY | os.O_APPEND | is_made, 0o666)
             # One write, at once: it outlives the process, and does not mix with the others'.
-            os.write(self._log, "".join(f"{line}\n" for line in self._pending).encode())
+            text = "".join(f"{line}\n" for line in self._pending)
+            os.write(self._log, text.encode(errors="backslashreplace"))
             self._pending.clear()
 
     def _forget_in_child(self) -> None:
@@ -201,7 +203,7 @@ def say(text: str) -> None:
         if Lines.current is None:
             tqdm.write(redact(text), file=sys.stdout)
         else:
-            print(text)
+            sys.stdout.write(f"{text}\n")  # at once, for log.txt has it where the terminal fails
         sys.stdout.flush()
 
 
@@ -218,9 +220,7 @@ def log_to(file: Path | None) -> None:
 
 def end() -> None:
     """Ends a bar, and lines that were begun."""
-    if Lines.current is None:
-        return
-    with suppress(OSError):
+    if Lines.current is not None:
         if Lines.current.bar is not None:
             Lines.current.bar.close()
         Lines.current.end()
