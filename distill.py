@@ -147,7 +147,7 @@ def train_student(options: StudentOptions, folder: runtime.RunFolder) -> None:
     trackers = Trackers(accelerator, run_dir, options.log, config, state.step)
     run_log = RunLog(
         accelerator, run_dir, options.log, trackers, total_steps, batch.global_size, num_samples,
-        state.step,
+        state.step, eval_every, shown, monitor,
     )
     checkpoints.open(run_log.say, folder.check_lock)
     folder.at_exit = [checkpoints.wait, lambda: run_log.close(folder.exit_code)]
@@ -320,7 +320,7 @@ def train_student(options: StudentOptions, folder: runtime.RunFolder) -> None:
                     metrics[monitor], lower_is_better,
                     options.schedule.final_fraction, **schedule_args,
                 )
-            run_log.evaluation(state.step, metrics, shown, improved, time.perf_counter() - started)
+            run_log.evaluation(state.step, metrics, improved, time.perf_counter() - started)
         is_over = state.is_over(total_steps, options.loop.patience)
         if checkpoints.is_due(state.step, is_over or requests.stop or requests.save):
             checkpoints.save(module, optimizer, ema, state)
@@ -361,8 +361,8 @@ def train_student(options: StudentOptions, folder: runtime.RunFolder) -> None:
         said = evaluate(module, validation, predictions.records(task_list, validation), accelerator)
         predictions.write(run_dir, said, task_list, dataset, module, options.log, run_log)
     run_log.summary(state, task_list, monitor, options.loop.patience)
-    run_log.close()
     run_log.say(lines)
+    run_log.close()
 
 
 if __name__ == "__main__":

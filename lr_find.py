@@ -24,7 +24,7 @@ from trainlib.data import BatchOptions, DataOptions
 from trainlib.evaluate import evaluate, model_arguments, try_model
 from trainlib.gradients import StepSums
 from trainlib.guard import Guard
-from trainlib.lr_report import SweepOptions, swept_loss, write_report
+from trainlib.lr_report import SweepOptions, counted, swept, swept_loss, write_report
 from trainlib.models import ModelOptions
 from trainlib.optim import OptimOptions, ScheduleOptions
 from trainlib.progress import LoopOptions, plan_steps
@@ -188,7 +188,7 @@ def main(arguments: list[str]) -> None:
     def loss_after(peak: float, steps: int) -> float:
         """The evaluation loss of a short run from the start: a tenth of warm-up, then a cosine."""
         with undone(module, optimizer, batch_statistics, ema, scaler):
-            for step in range(steps):
+            for step in counted(steps, f"a run at {peak:.2g}"):
                 lr = peak * lr_multiplier("cosine", step, steps, steps // 10, 0.0)
                 if loss_at(step, lr) is None and scaler is None:  # which a run would not survive
                     return math.inf
@@ -206,7 +206,7 @@ def main(arguments: list[str]) -> None:
         with undone(module, optimizer, batch_statistics, ema, scaler):
             if seed != first_seed:
                 module.load_state_dict(build_module(seed).state_dict())
-            runs.insert(0, lr_sweep.drive(loss_at, rates, lr_sweep.StopRule(len(rates))))
+            runs.insert(0, swept(loss_at, rates, lr_sweep.StopRule(len(rates))))
     _, suggestion = lr_suggestion.combine(runs)
     verified = {}
     if verify_steps is not None and suggestion.answer is not None:

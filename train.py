@@ -120,7 +120,7 @@ def main(arguments: list[str]) -> None:
     trackers = Trackers(accelerator, run_dir, options.log, config, state.step)
     run_log = RunLog(
         accelerator, run_dir, options.log, trackers, total_steps, batch.global_size, num_samples,
-        state.step,
+        state.step, eval_every, shown, monitor,
     )
     checkpoints.open(run_log.say, folder.check_lock)
     folder.at_exit = [checkpoints.wait, lambda: run_log.close(folder.exit_code)]
@@ -254,7 +254,7 @@ def main(arguments: list[str]) -> None:
                     metrics[monitor], lower_is_better,
                     options.schedule.final_fraction, **schedule_args,
                 )
-            run_log.evaluation(state.step, metrics, shown, improved, time.perf_counter() - started)
+            run_log.evaluation(state.step, metrics, improved, time.perf_counter() - started)
         is_over = state.is_over(total_steps, options.loop.patience)
         if checkpoints.is_due(state.step, is_over or requests.stop or requests.save):
             checkpoints.save(module, optimizer, ema, state)

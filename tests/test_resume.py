@@ -278,6 +278,7 @@ def test_a_terminal_that_goes_away_does_not_end_the_run(tmp_path):
         process.stdout.readline()
         process.stdout.close()
     assert process.returncode == 0
+    assert f"\nin {run}: best/, final/" in (run / "log.txt").read_text()
     assert_same_run(run, train(tmp_path / "undisturbed", *LENGTH, *DIGITS))
 
 

@@ -33,9 +33,9 @@ def test_the_default_command_learns_digits_and_writes_its_folder(tmp_path):
     assert result.returncode == 0, result.stderr
     run = tmp_path / "run"
     assert {p.name for p in run.iterdir()} == {
-        "config.yaml", "environment.json", "metrics.jsonl", "exit.json", "best", "final", "wandb",
-        "checkpoints", "wandb_run.json", "curves.png", "confusion_matrix.png", "per_class.csv",
-        "predictions.csv", "examples", "report.html",
+        "config.yaml", "environment.json", "metrics.jsonl", "exit.json", "log.txt", "best", "final",
+        "wandb", "checkpoints", "wandb_run.json", "curves.png", "confusion_matrix.png",
+        "per_class.csv", "predictions.csv", "examples", "report.html",
     }
     assert "pictures" not in result.stdout  # of which a line would say that they failed
     ended = json.loads((run / "exit.json").read_text())

@@ -6,13 +6,13 @@ import csv
 import io
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from trainlib import durable, lr_suggestion, lr_sweep, plots
+from trainlib import durable, lr_suggestion, lr_sweep, plots, terminal
 from trainlib.config import Options, UserError, to_yaml
 from trainlib.lr_suggestion import Suggestion
 from trainlib.schedule import check_duration
@@ -56,6 +56,35 @@ def swept_loss(
     return loss_at
 
 
+def swept(
+    loss_at: Callable[[int, float], float | None], rates: Sequence[float],
+    stop_rule: lr_sweep.StopRule,
+) -> tuple[list[float], list[float]]:
+    """``lr_sweep.drive``, shown on the terminal."""
+    count = terminal.Count("sweep", len(rates))
+
+    def shown(number: int, lr: float) -> float | None:
+        loss = loss_at(number, lr)
+        count.step(number + 1, f"lr {lr:.1e}", "skipped" if loss is None else f"loss {loss:.4f}")
+        return loss
+
+    try:
+        return lr_sweep.drive(shown, rates, stop_rule)
+    finally:
+        count.end()
+
+
+def counted(num_steps: int, what: str) -> Iterator[int]:
+    """The numbers of steps, shown on the terminal."""
+    count = terminal.Count(what, num_steps)
+    try:
+        for step in range(num_steps):
+            yield step
+            count.step(step + 1)
+    finally:
+        count.end()
+
+
 def auto_rate(
     loss_at: Callable[[int, float], float | None], run_dir: Path, say: Callable[[str], object],
     is_main: bool,
@@ -68,10 +97,10 @@ def auto_rate(
     Raises:
         UserError: the sweep has no answer.
     """
-    swept = lr_sweep.drive(loss_at, lr_sweep.sweep_rates(), lr_sweep.StopRule())
-    suggestion = lr_suggestion.suggest(*swept)
+    found = swept(loss_at, lr_sweep.sweep_rates(), lr_sweep.StopRule())
+    suggestion = lr_suggestion.suggest(*found)
     if is_main:
-        say(write_report(run_dir, [swept], suggestion, {}))
+        say(write_report(run_dir, [found], suggestion, {}))
     if suggestion.answer is None:
         raise UserError(f"optim.lr: auto: {suggestion.verdict}; give a number as --optim.lr, or "
                         "find one with lr_find.py, which has these options")

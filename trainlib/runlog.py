@@ -20,12 +20,16 @@ import torch
 from accelerate import Accelerator
 from pydantic import AfterValidator, Field
 from torch import nn
-from tqdm import tqdm
 
-from trainlib import plots
+from trainlib import plots, terminal
 from trainlib.config import Options
-from trainlib.credentials import redact
-from trainlib.schedule import check_duration, duration_steps, is_time
+from trainlib.schedule import (
+    check_duration,
+    check_interval,
+    duration_steps,
+    interval,
+    is_time,
+)
 
 if TYPE_CHECKING:
     from trainlib.guard import StepRecord
@@ -40,6 +44,9 @@ _DIVERGED = 3  # exit code of a run whose curves tell why
 class LogOptions(Options):
     every: int = Field(10, ge=1)
     """Steps between training records in metrics.jsonl and the trackers."""
+    print_every: Annotated[str, AfterValidator(check_interval)] = "30 seconds"
+    """Time between lines of training where the output is no terminal, as "30 seconds", "500 steps"
+    or "1 epoch"; a terminal has a bar."""
     trackers: list[Literal["wandb", "trackio", "tensorboard"]] = ["wandb"]
     """Where records go besides metrics.jsonl, any number of them; [] for nowhere."""
     project: str = "one-curve"
@@ -81,7 +88,15 @@ class RunLog:
         samples_per_step: int,
         num_samples: int,
         first_step: int,
+        eval_every: int,
+        shown: list[str],
+        monitor: str,
     ):
+        """
+        Args:
+            first_step: where the run goes on; 0 at its start.
+            shown: the metrics that the terminal shows, besides the one that decides.
+        """
         self.device, self.folder, self.options = accelerator.device, folder, options
         self.is_main = accelerator.is_main_process
         self.every, self.total_steps, self.samples_per_step = (
@@ -89,17 +104,16 @@ class RunLog:
         )
         self.epochs_per_step, self._num_samples = samples_per_step / num_samples, num_samples
         self._last = (first_step, time.perf_counter())
-        self._train_loss = math.nan
         self.trackers = trackers
         if not self.is_main:
             return
         self._path = folder / "metrics.jsonl"
         self._file = self._path.open("a", encoding="utf-8")
-        self._bar = None
-        if sys.stderr.isatty():
-            self._bar = tqdm(
-                total=total_steps, initial=first_step, unit="step", dynamic_ncols=True
-            )
+        every = interval(options.print_every, num_samples, samples_per_step, total_steps)
+        self._progress = terminal.RunProgress(
+            total_steps, first_step, samples_per_step, self.epochs_per_step, eval_every, shown,
+            monitor, self._peak_gib, every,
+        )
         self.trackers.start(self.say)
         if self.trackers:
             self.trackers.replay(self._records())
@@ -107,9 +121,7 @@ class RunLog:
     def say(self, line: str | None) -> None:
         """One line on the terminal, from the main process; None is silent."""
         if self.is_main and line is not None:
-            with suppress(OSError):  # the terminal, or what read the output, has gone away
-                tqdm.write(redact(line), file=sys.stdout)
-                sys.stdout.flush()
+            terminal.say(line)
 
     def watch(
         self, module: nn.Module, optimizer: torch.optim.Optimizer, step: Callable[[], int]
@@ -136,27 +148,24 @@ class RunLog:
         if not self.is_main:
             return
         step, now = record.step + 1, time.perf_counter()
-        self._train_loss = sum(record.losses)
+        train_loss, is_logged = sum(record.losses), is_time(step, self.every, self.total_steps)
+        self._progress.step(step, train_loss, is_logged)
         self.trackers.add_histograms(step)
-        if not is_time(step, self.every, self.total_steps):
+        if not is_logged:
             return
         (last_step, last_time), self._last = self._last, (step, now)
         rate = (step - last_step) * self.samples_per_step / (now - last_time)
-        self._write(step, {"train/loss": self._train_loss} | losses_of(record) | {
+        self._write(step, {"train/loss": train_loss} | losses_of(record) | {
             "train/lr": record.lr, "train/grad_norm": record.grad_norm,
             "speed/samples_per_second": rate, "memory/peak_gib": self._peak_gib(),
         })
-        if self._bar is not None:
-            self._bar.set_postfix_str(f"loss {self._train_loss:.4f}, lr {record.lr:.2e}")
-            self._bar.update(step - self._bar.n)
 
     def evaluation(
-        self, step: int, metrics: dict[str, float], shown: list[str], is_best: bool, seconds: float
+        self, step: int, metrics: dict[str, float], is_best: bool, seconds: float
     ) -> None:
-        """Records an evaluation and prints its line.
+        """Records an evaluation and prints its row.
 
         Args:
-            shown: the metrics that are printed.
             seconds: what it took, kept out of the training speed.
         """
         if not self.is_main:
@@ -165,10 +174,7 @@ class RunLog:
         self._write(step, metrics)
         if is_best:
             self.trackers.summary(_best(step, metrics))
-        numbers = {"train/loss": self._train_loss} | {name: metrics[name] for name in shown}
-        numbers = "  ".join(f"{name} {value:.4f}" for name, value in numbers.items())
-        self.say(f"step {step:>{len(str(self.total_steps))}}/{self.total_steps}  "
-                 f"epoch {step * self.epochs_per_step:.2f}  {numbers}{'  best' if is_best else ''}")
+        self._progress.evaluation(step, metrics, is_best, seconds)
 
     def results(self, step: int, values: dict[str, float]) -> None:
         """Records what is known of a run at its end."""
@@ -204,7 +210,8 @@ class RunLog:
             )
 
     def close(self, exit_code: int = 0) -> bool:
-        """Ends the bar, the file and the trackers; a second call does nothing.
+        """Ends the bar, the file and the trackers, and says where all is and what comes next; a
+        second call does nothing.
 
         Args:
             exit_code: with which the process will end.
@@ -218,6 +225,8 @@ class RunLog:
             if exit_code == _DIVERGED and self.options.report:
                 self._draw()
             self.trackers.close(exit_code)
+            with suppress(OSError):
+                self.say(f"\n{terminal.ending(self.folder, exit_code)}")
         return self.trackers.has_abandoned
 
     def _write(self, step: int, values: dict[str, float]) -> None:
@@ -237,8 +246,7 @@ class RunLog:
         return [record for record in records if isinstance(record, dict) and "step" in record]
 
     def _end_bar(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        self._progress.end()
 
     def _hand_over(self, state: Progress) -> None:
         """Gives the trackers what stands for the run: the best evaluation and, if asked for, the

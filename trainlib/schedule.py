@@ -15,8 +15,9 @@ _DURATION = re.compile(
     r"\s*([0-9]+(?:\.[0-9]*)?(?:e[-+]?[0-9]+)?)\s*(epochs?|steps?|%)\s*", re.IGNORECASE
 )
 _CLOCK_TIME = re.compile(
-    r"\s*([0-9]+(?:\.[0-9]*)?(?:e[-+]?[0-9]+)?)\s*(minute|hour)s?\s*", re.IGNORECASE
+    r"\s*([0-9]+(?:\.[0-9]*)?(?:e[-+]?[0-9]+)?)\s*(second|minute|hour)s?\s*", re.IGNORECASE
 )
+_SECONDS = {"second": 1, "minute": 60, "hour": 3600}
 
 # A fall from 1 towards 0, by the share (0, 1] of it that is left.
 _FALLS: dict[str, Callable[[float], float]] = {
@@ -260,7 +261,8 @@ def check_interval(text: str) -> str:
     """
     match = _CLOCK_TIME.fullmatch(text) or _DURATION.fullmatch(text)
     if match is None or not 0 < float(match[1]) < 1e15:
-        raise ValueError('an interval reads like "10 minutes", "1 epoch", "500 steps" or "5%"')
+        raise ValueError('an interval reads like "30 seconds", "10 minutes", "1 epoch", "500 '
+                         'steps" or "5%"')
     return text
 
 
@@ -270,7 +272,7 @@ def interval(
     """What an interval means: (steps, none), at least one step, or (0, seconds)."""
     match = _CLOCK_TIME.fullmatch(check_interval(text))
     if match is not None:
-        return 0, float(match[1]) * (60 if match[2].lower() == "minute" else 3600)
+        return 0, float(match[1]) * _SECONDS[match[2].lower()]
     return max(1, duration_steps(text, num_samples, global_size, total_steps)), None
 
 

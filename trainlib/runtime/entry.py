@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from trainlib import terminal
 from trainlib.config import UserError, is_first_process
 from trainlib.runtime.folder import RunFolder
 from trainlib.runtime.signals import Preempted, Signals
@@ -20,6 +21,7 @@ def run(main: Callable[[list[str]], None]) -> None:
 
     A mistake of the user, a diverged run or a signal ends in one line without a traceback.
     """
+    terminal.listen()
     signals = Signals(lambda reason: RunFolder.leave(Preempted.exit_code, reason))
     try:
         main(sys.argv[1:])
@@ -31,20 +33,22 @@ def run(main: Callable[[list[str]], None]) -> None:
         code, reason = (1, exit_request.code) if is_text else (exit_request.code or 0, None)
     except (Exception, KeyboardInterrupt) as error:
         signals.end()
+        terminal.end()
         code, reason = getattr(error, "exit_code", 1), str(error)
         if code == 1 and signals.received is not None:
             # A signal to all processes may end another one, or a library, before this one.
             code, reason = Preempted.exit_code, f"{signals.received}, and then: {reason}"
-            traceback.print_exc()
+            sys.stderr.write(traceback.format_exc())  # whole, where others write, too
         with suppress(OSError):  # the terminal may have gone away
             if code == 1:
-                traceback.print_exc()
+                sys.stderr.write(traceback.format_exc())
             elif is_first_process() or (code == UserError.exit_code and RunFolder.has_begun()):
                 print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
             elif code != Preempted.exit_code:
                 time.sleep(3)  # the launcher ends all when one ends: the first has yet to speak
     if RunFolder.current is not None:
         RunFolder.current.close(code, reason)
+    terminal.end()
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

@@ -11,14 +11,14 @@ from typing import Any
 import yaml
 from accelerate import Accelerator
 
-from trainlib import agreement, durable
+from trainlib import agreement, durable, terminal
 from trainlib.config import UserError, flatten, is_first_process, parse_yaml
 from trainlib.credentials import redact
 from trainlib.runtime.lock import RunLock, may_be_held
 from trainlib.runtime.machine import describe_machine
 from trainlib.runtime.signals import Preempted
 
-_EXIT, _LOCK, _ENVIRONMENT = "exit.json", "run.lock", "environment.json"
+_EXIT, _LOCK, _LOG, _ENVIRONMENT = "exit.json", "run.lock", "log.txt", "environment.json"
 _CODES_OF_ANY_PROCESS = (UserError.exit_code, Preempted.exit_code)
 # Options that may differ when a run goes on: they change no weight. With these it says so.
 _FREE_OPTIONS = ("run_dir", "log.", "data.workers", "data.in_memory", "checkpoint.",
@@ -143,6 +143,7 @@ class RunFolder:
         """
         self.step = step
         if not self.is_main:
+            terminal.log_to(self.path / _LOG)
             return
         for name in ("metrics.jsonl", "bad_steps.jsonl"):
             file, size = self.path / name, log_sizes.get(name, 0)
@@ -158,6 +159,7 @@ class RunFolder:
         start = {"time": _now(), "step": step, "processes": machine["world_size"]}
         machine["starts"] = [*_read(self.path / _ENVIRONMENT).get("starts", []), start]
         self.write(_ENVIRONMENT, machine)
+        terminal.log_to(self.path / _LOG)
 
     def write(self, name: str, content: dict[str, Any]) -> None:
         """Writes a file of JSON into the folder."""
@@ -182,6 +184,7 @@ class RunFolder:
                 self.has_abandoned |= bool(action())
             except Exception as error:  # the end of one thing must not be that of the others
                 print(f"at exit: {error}", file=sys.stderr)
+        terminal.log_to(None)
         if self._lock is not None:
             self._lock.release()
         if self._is_new and self.path.is_dir() and not any(self.path.iterdir()):
