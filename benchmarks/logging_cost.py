@@ -79,7 +79,7 @@ def block_times(folder: Path, source: str, num_blocks: int) -> list[Times]:
         "--recipe", str(ROOT / "recipes" / "cifar10_resnet.yaml"), "--run_dir", str(folder),
         "--data.source", source, "--data.validation_split", "0.02", "--loop.duration",
         f"{(num_blocks + 1) * BLOCK_STEPS} steps", "--loop.eval_every", "100%", "--log.every",
-        str(BLOCK_STEPS), "--log.trackers", "[wandb]", "--log.pictures", "false",
+        str(BLOCK_STEPS), "--log.trackers", "[wandb]", "--log.report", "false",
         "--checkpoint.every", "100%",
     ])
     return [Times(*(after - before for before, after in zip(start, end, strict=True)))

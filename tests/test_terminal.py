@@ -16,7 +16,7 @@ from trainlib.terminal.progress import RunProgress
 from trainlib.terminal.table import METRIC_WIDTH, Table, duration, metric
 
 SHORT = ["--batch.micro_size", "16", "--loop.duration", "60 steps", "--loop.eval_every", "20 steps",
-         "--log.every", "2", "--log.trackers", "[]", "--log.pictures", "false"]
+         "--log.every", "2", "--log.trackers", "[]", "--log.report", "false"]
 FIELDS = ["loss 0.1234", "accuracy 0.9870", "ETA 5h04m", "12,345 samples/s", "0.61 GiB"]
 
 
@@ -190,7 +190,7 @@ def test_lines_of_other_processes_carry_their_rank_and_no_secret(tmp_path, plain
     log = (run / "log.txt").read_text().splitlines()
     assert_said_by_each(log, 2)
     assert sorted(log[1:]) == sorted(streams[0] + streams[1])  # whoever was first
-    assert log[0].startswith("---- ") and log[0].endswith("--log.pictures false")
+    assert log[0].startswith("---- ") and log[0].endswith("--log.report false")
 
 
 @pytest.mark.parametrize("failing", [0, 1])
@@ -245,7 +245,7 @@ def test_at_its_end_a_run_says_where_everything_is_and_what_comes_next(tmp_path)
     code, names, said = ends(script="tests/struck_train.py", STRIKE="SIGTERM step 30")
     assert code == 75 and "same command again goes on" in said and names[0].endswith("00000031/")
     (tmp_path / "run" / "wandb" / "offline-run-1").mkdir(parents=True)
-    code, names, said = ends("--log.pictures", "true")
+    code, names, said = ends("--log.report", "true")
     assert f"wandb sync {flags[1]}/wandb/offline-run-*" in said
     assert code == 0 and {"best/", "final/", "curves.png", "log.txt"} <= set(names)
     assert "python -m trainlib.plots" in said and "load_model" in said
