@@ -1,6 +1,37 @@
 """accelerate_configs/: what Accelerate itself makes of each file, and the launches a CPU can do.
 
-With each test stands the trap that it keeps shut (what Accelerate 1.15 does by itself).
+The traps of launching (what Accelerate 1.15 and torch 2.13 do by themselves), and what shuts them:
+
+unknown keys in a file are an error, keys of the wrong engine are ignored
+    each file through the validator and the FSDP plugin (here)
+``--cpu --num_processes 2`` and ``use_cpu: true`` start one process
+    cpu_multi.yaml (here)
+a config for GPUs without GPUs: each process trains alone, as process 0 of 1
+    refused (here)
+DeepSpeed, an accumulation count in the environment, fp16 on a CPU: another curve
+    refused (test_scripts.py)
+the launcher sets OMP_NUM_THREADS, by which sums change
+    ``cpu_threads`` is the recipe's (test_same_curve.py)
+``num_processes`` is that of all machines; a rest of the division is dropped
+    the files (here); slurm.sbatch multiplies (test_slurm.py); ``--dry_run`` shows the number
+a fixed port: a second run on the machine meets the first
+    port 0 on one machine (here), a job's own under SLURM (test_slurm.py)
+port 0 on several machines: each takes another
+    the files for several name one (here)
+c10d with ``same_network: true`` meets at localhost: each machine waits for itself
+    said in the files; the way that works on two machines (test_machines.py)
+restarts with the static rendezvous, or with the agents' shared store, do not recover
+    the settings that do (test_machines.py)
+every failure is restarted, a mistake of the user, too
+    exit codes that are final (test_machines.py)
+launchers replace a script's exit code by 1
+    exit.json (test_resume.py), read by slurm.sbatch (test_slurm.py)
+``accelerate launch`` of one process drops TERM, torchrun kills 30 s after it
+    slurm.sbatch signals the processes (test_slurm.py)
+machines with other versions or code, or without the run folder
+    ``--dry_run`` (test_preflight.py)
+gloo aborts at exit, after all work is done
+    files are judged, not exit codes (launching.py)
 """
 
 import json
@@ -80,7 +111,6 @@ def test_every_key_stands_under_a_comment(file):
 
 @each_file
 def test_accelerate_accepts_the_file_and_hands_on_what_it_says(file, monkeypatch):
-    """Trap: a key that Accelerate does not know is an error, one that it ignores is not."""
     for name in [name for name in os.environ if name.startswith(("ACCELERATE_", "FSDP_"))]:
         monkeypatch.delenv(name)
     keys = yaml.safe_load(file.read_text())
@@ -90,14 +120,16 @@ def test_accelerate_accepts_the_file_and_hands_on_what_it_says(file, monkeypatch
     assert environment["ACCELERATE_MIXED_PRECISION"] == keys["mixed_precision"]
     is_sharded = environment.get("ACCELERATE_USE_FSDP") == "true"
     assert is_sharded == (file in FSDP_FILES)
-    assert "ACCELERATE_GRADIENT_ACCUMULATION_STEPS" not in environment  # trap: it overrides us
-    # Trap: num_processes counts all machines; a rest of the division is dropped without a word.
+    assert "ACCELERATE_GRADIENT_ACCUMULATION_STEPS" not in environment
     assert keys["num_processes"] % keys["num_machines"] == 0
+    # One machine takes a free port, several have to agree on one.
+    if keys["num_processes"] > 1:
+        assert (keys["main_process_port"] == 0) == (keys["num_machines"] == 1)
 
 
 @pytest.mark.parametrize("file", FSDP_FILES, ids=lambda file: file.stem)
 def test_accelerates_plugin_reads_the_fsdp2_files_without_a_warning(file, monkeypatch):
-    """Trap: without ``fsdp_version`` it is FSDP 1, and ``fsdp_cpu_ram_efficient_loading`` is on."""
+    """Left out, ``fsdp_version`` is 1 and ``fsdp_cpu_ram_efficient_loading`` is on."""
     for name, value in environment_of(file).items():
         if name.startswith("FSDP_"):
             monkeypatch.setenv(name, value)
@@ -123,7 +155,6 @@ def test_accelerates_plugin_reads_the_fsdp2_files_without_a_warning(file, monkey
     ("single_gpu", ["--mixed_precision", "no"], 1, {"ACCELERATE_USE_CPU": "true"}),
 ])
 def test_the_configs_launch_on_a_cpu(tmp_path, one_process, config, flags, processes, environment):
-    """Trap: ``--cpu --num_processes 2`` starts one process; so does ``use_cpu: true``."""
     output = ended(start(config, tmp_path / "run", *flags, **environment))
     assert json.loads((tmp_path / "run" / "exit.json").read_text())["code"] == 0, output
     written = json.loads((tmp_path / "run" / "environment.json").read_text())
@@ -147,7 +178,6 @@ def test_two_launchers_of_the_config_for_several_machines_make_one_run(tmp_path,
 
 
 def test_a_multi_gpu_config_without_gpus_is_refused(tmp_path):
-    """Trap: every process would train by itself, as process 0 of 1, and write to one folder."""
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     launch = start("multi_gpu", tmp_path / "run", "--num_processes", "2", "--mixed_precision", "no")

@@ -82,7 +82,7 @@ def test_a_killed_process_is_restarted_and_goes_on_to_the_same_bits(tmp_path, pa
 
 
 def test_a_machine_is_lost_and_the_other_goes_on_alone(tmp_path, paused, undisturbed):
-    """Trap: the machine at the rendezvous' own address must be one that stays."""
+    """The machine at the rendezvous' own address must be the one that stays."""
     port, run = free_port(), tmp_path / "run"
     launches = [HERE.torchrun(HERE, port, "1:2", paused) for _ in range(2)]
     reaches_step_30(run)

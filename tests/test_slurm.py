@@ -104,10 +104,9 @@ def times_requeued(folder: Path) -> int:
 def test_a_job_that_runs_out_of_time_is_queued_again_and_goes_on_to_the_same_bits(
     tmp_path, cluster, submit, nodes, gpus
 ):
-    """Through accelerate launch, which would drop the signal (1 process) or kill after it (more).
+    """Through accelerate launch, which by itself would kill 30 seconds after the signal.
 
-    Trap: ``num_processes`` is that of all machines. Trap: two launchers with ``--machine_rank``
-    expanded too early would both be machine 0.
+    Two launchers whose ``--machine_rank`` was expanded outside of srun would both be machine 0.
     """
     (tmp_path / "paused.py").write_text(PAUSED)
     job = submit(
