@@ -18,8 +18,8 @@ a fixed port: a second run on the machine meets the first
     port 0 on one machine (here), a job's own under SLURM (test_slurm.py)
 port 0 on several machines: each takes another
     the files for several name one (here)
-c10d with ``same_network: true`` meets at localhost: each machine waits for itself
-    said in the files; the way that works on two machines (test_machines.py)
+``rdzv_backend`` and ``same_network`` in a file are ignored, their flags have defaults
+    in no file (here); given as flags (test_machines.py)
 restarts with the static rendezvous, or with the agents' shared store, do not recover
     the settings that do (test_machines.py)
 every failure is restarted, a mistake of the user, too
@@ -123,8 +123,19 @@ def test_accelerate_accepts_the_file_and_hands_on_what_it_says(file, monkeypatch
     assert "ACCELERATE_GRADIENT_ACCUMULATION_STEPS" not in environment
     assert keys["num_processes"] % keys["num_machines"] == 0
     # One machine takes a free port, several have to agree on one.
+    assert not {"rdzv_backend", "same_network", "max_restarts"} & set(keys)
     if keys["num_processes"] > 1:
         assert (keys["main_process_port"] == 0) == (keys["num_machines"] == 1)
+
+
+def test_accelerate_ignores_how_machines_meet_where_a_file_says_so(tmp_path):
+    """Should this fail, the two keys may stand in the files."""
+    text = (ROOT / "accelerate_configs/multi_node.yaml").read_text()
+    (tmp_path / "config.yaml").write_text(f"{text}rdzv_backend: c10d\nsame_network: true\n")
+    words = ["--config_file", str(tmp_path / "config.yaml"), "train.py"]
+    arguments, _, _ = _validate_launch_command(launch_command_parser().parse_args(words))
+    assert (arguments.rdzv_backend, arguments.same_network) == ("static", False)
+    assert arguments.num_processes == 16  # what has no default is heard
 
 
 @pytest.mark.parametrize("file", FSDP_FILES, ids=lambda file: file.stem)

@@ -144,15 +144,11 @@ def test_without_a_readable_word_a_run_is_restarted(tmp_path, monkeypatch, text)
 
 @pytest.mark.parametrize("rendezvous", ["static", "c10d"])
 def test_two_machines_give_the_bits_of_one_process(tmp_path, machines, undisturbed, rendezvous):
-    run, config = tmp_path / "run", "accelerate_configs/multi_node.yaml"
-    flags = ["--rdzv_backend", rendezvous] if rendezvous == "c10d" else []
-    if rendezvous == "c10d":  # same_network has no flag that says no
-        text = Path(ROOT, config).read_text().replace("same_network: true", "same_network: false")
-        config = str(tmp_path / "config.yaml")
-        Path(config).write_text(text)
+    run = tmp_path / "run"
     launches = [
         machine.start(
-            ["-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", config, *flags,
+            ["-m", "accelerate.commands.accelerate_cli", "launch", "--config_file",
+             "accelerate_configs/multi_node.yaml", "--rdzv_backend", rendezvous,
              "--num_processes", "4", "--mixed_precision", "no", "--main_process_ip",
              machines[0].address, "--machine_rank", str(rank), "train.py", "--run_dir", str(run),
              *LENGTH, *QUIET], **RECOVERS)
