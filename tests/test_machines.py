@@ -96,20 +96,26 @@ def listens(launch: subprocess.Popen, port: int) -> bool:
     return any(c.laddr.port == port and c.status == psutil.CONN_LISTEN for c in connections)
 
 
-def test_what_would_end_the_same_way_again_is_not_restarted(tmp_path):
+@pytest.mark.parametrize("code, flags", [
+    (3, ["--optim.lr", "1e30", "--schedule.warmup", "0 steps"]),
+    (2, ["--optim.lrr", "1"]),  # which ends the run before it has a folder
+])
+def test_what_would_end_the_same_way_again_is_not_restarted(tmp_path, code, flags):
     run = tmp_path / "run"
     result = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
-         "2", "--max_restarts", "1", "train.py", "--run_dir", str(run), *QUIET,
-         "--optim.lr", "1e30", "--schedule.warmup", "0 steps"],
+         "2", "--max_restarts", "2", "train.py", "--run_dir", str(run), *QUIET, *flags],
         cwd=ROOT, capture_output=True, text=True, timeout=200,
     )
-    assert json.loads((run / "exit.json").read_text())["code"] == 3
-    [ended, again] = [line for line in result.stderr.splitlines() if line.startswith("train.py:")]
-    assert again == ended.replace("train.py: ", "train.py: not restarted, since it ended with "
-                                                "exit code 3: ")
-    assert "exitcode  : 3" in result.stderr  # of the second attempt, as torchrun saw it
-    assert result.stdout.count("data:") == 1  # which did not even look at the data
+    [ended, *again] = [line for line in result.stderr.splitlines() if line.startswith("train.py:")]
+    once_more = ended.replace("train.py: ", "train.py: not restarted, since it ended with exit "
+                                            f"code {code}: ")
+    assert again == [once_more] * 2
+    assert f"exitcode  : {code}" in result.stderr  # of the last attempt, as torchrun saw it
+    assert result.stdout.count("data:") == (code == 3)  # the others did not even look at the data
+    if code == 3:
+        assert json.loads((run / "exit.json").read_text())["code"] == 3
+    assert run.exists() == (code == 3)
 
 
 @pytest.mark.parametrize("code, count, age_seconds, is_refused", [
