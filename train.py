@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from pydantic import Field
 
-from trainlib import data, models, optim, plan, predictions, runtime, tasks
+from trainlib import data, models, optim, plan, predictions, preflight, runtime, tasks
 from trainlib.batchnorm import BatchStatistics
 from trainlib.checkpoint import CheckpointOptions, Checkpoints, undone
 from trainlib.config import Options, read, recipe_name, to_yaml
@@ -47,6 +47,8 @@ class TrainOptions(Options):
     cpu_threads: int = Field(1, ge=1, le=1024)
     """Threads of each process on a CPU; like the micro size a part of the recipe, because they
     change the order of sums. To use more cores, launch more processes."""
+    dry_run: bool = Field(False, exclude=True)
+    """Print what would run, look for mistakes, and stop; nothing is written."""
     data: DataOptions = DataOptions()
     model: ModelOptions = ModelOptions()
     tasks: dict[str, TaskOptions] = {}
@@ -98,6 +100,7 @@ def main(arguments: list[str]) -> None:
     try_model(module, example[:smallest], some_targets, task_list)
     module.to(device)
     optimizer = optim.build_optimizer(options.optim, module)
+    preflight.stop_if_dry_run(options, accelerator, folder.path, module, optimizer, total_steps)
 
     # ---- run folder: nothing is written before everything above has been accepted ----
     run_dir = folder.path

@@ -1,4 +1,4 @@
-"""The house: who imports whom, the README's tree, recipes, options, launch configs."""
+"""The house: who imports whom, the README's tree, recipes, options."""
 
 import ast
 import re
@@ -6,7 +6,6 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import yaml
 from launching import recipes
 
 from distill import StudentOptions
@@ -141,19 +140,6 @@ def test_the_digits_recipe_is_the_default():
 def test_every_option_has_its_sentence(script):
     for name, _, _, sentence in config.describe_options(SCRIPTS[script][0]):
         assert sentence.strip().endswith("."), name
-
-
-@pytest.mark.parametrize(
-    "file", sorted((ROOT / "accelerate_configs").glob("*.yaml")), ids=lambda p: p.stem
-)
-def test_launch_configs_pass_accelerates_own_validator(file):
-    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-
-    arguments = launch_command_parser().parse_args(["--config_file", str(file), "train.py"])
-    _validate_launch_command(arguments)
-    keys = yaml.safe_load(file.read_text())
-    assert not set(keys) & set(TrainOptions.model_fields)  # where and what share no key
-    assert file.read_text().startswith("# ")
 
 
 def test_nothing_runs_code_that_it_reads():

@@ -33,6 +33,23 @@ def from_main(value: Any, device: torch.device) -> Any:
     return json.loads(content.cpu().numpy().tobytes())
 
 
+def from_all(value: Any, device: torch.device) -> list[Any]:
+    """Every process's JSON value, in the order of the processes, on every process."""
+    if _is_alone():
+        return [value]
+    text = bytearray(json.dumps(value).encode())
+    size = torch.tensor([len(text)], device=device)
+    sizes = [torch.empty_like(size) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(sizes, size)
+    content = torch.zeros(int(max(sizes)), dtype=torch.uint8)
+    content[: len(text)] = torch.frombuffer(text, dtype=torch.uint8)
+    content = content.to(device)
+    contents = [torch.empty_like(content) for _ in sizes]
+    torch.distributed.all_gather(contents, content)
+    return [json.loads(content[: int(size)].cpu().numpy().tobytes())
+            for content, size in zip(contents, sizes, strict=True)]
+
+
 def tensor_from_main(
     tensor: Tensor | None, dtype: str, shape: list[int], device: torch.device
 ) -> Tensor:

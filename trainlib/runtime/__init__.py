@@ -1,5 +1,6 @@
 """Where a run runs: the Accelerator (``machine``), the run's folder (``folder``) and its lock
-(``lock``), signals and what processes ask of one another (``signals``), the exit (``entry``)."""
+(``lock``), restarts by a launcher (``restarts``), signals and what processes ask of one another
+(``signals``), the exit (``entry``)."""
 
 from trainlib.runtime.entry import run
 from trainlib.runtime.folder import RunFolder

@@ -13,6 +13,7 @@ import torch
 from trainlib import terminal
 from trainlib.config import UserError, is_first_process
 from trainlib.runtime.folder import RunFolder
+from trainlib.runtime.restarts import leave_word, refuse_repetition
 from trainlib.runtime.signals import Preempted, Signals
 
 
@@ -24,6 +25,7 @@ def run(main: Callable[[list[str]], None]) -> None:
     terminal.listen()
     signals = Signals(lambda reason: RunFolder.leave(Preempted.exit_code, reason))
     try:
+        refuse_repetition()
         main(sys.argv[1:])
         signals.end()
         code, reason = 0, "finished"
@@ -46,6 +48,7 @@ def run(main: Callable[[list[str]], None]) -> None:
                 print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
             elif code != Preempted.exit_code:
                 time.sleep(3)  # the launcher ends all when one ends: the first has yet to speak
+    leave_word(code, str(reason))
     if RunFolder.current is not None:
         RunFolder.current.close(code, reason)
     terminal.end()

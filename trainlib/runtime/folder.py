@@ -16,6 +16,7 @@ from trainlib.config import UserError, flatten, is_first_process, parse_yaml
 from trainlib.credentials import redact
 from trainlib.runtime.lock import RunLock, may_be_held
 from trainlib.runtime.machine import describe_machine
+from trainlib.runtime.restarts import refuse_restart
 from trainlib.runtime.signals import Preempted
 
 _EXIT, _LOCK, _LOG, _ENVIRONMENT = "exit.json", "run.lock", "log.txt", "environment.json"
@@ -34,7 +35,12 @@ class RunFolder:
     current: "RunFolder | None" = None
 
     def __init__(self, path: Path):
-        """Names the folder; nothing is looked at or written before ``open``."""
+        """Names the folder; nothing is written before ``open``.
+
+        Raises:
+            NotRestarted: an elastic launcher starts a run again that has ended for good.
+        """
+        refuse_restart(path / _EXIT)
         self.path, self.is_main = path, is_first_process()
         self.step = self.exit_code = 0
         self.notes: list[str] = []
