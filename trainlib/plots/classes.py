@@ -80,7 +80,7 @@ def _draw_matrix(
                   fontsize=7 if num_classes > 10 else 8, color="white" if is_dark else paper.INK)
     if num_classes > MOST_NUMBERED:
         axes.figure.colorbar(
-            image, ax=axes, shrink=0.8, anchor=(0, 1), pad=0.02,
+            image, cax=axes.inset_axes((1.02, 0, 0.05, 1)),  # as high as the matrix
             format=FuncFormatter(lambda value, _: _count_text(value, num_classes)))
     paper.name_ticks(axes.set_xticks, names, _MOST_TICKS, rotation=90 if is_upright else 0)
     paper.name_ticks(axes.set_yticks, names, _MOST_TICKS)
@@ -119,7 +119,8 @@ def _draw_ious(axes: Axes, ious: np.ndarray, names: list[str]) -> None:
     axes.barh(range(len(ious)), ious, color=paper.BLUE, height=0.7)
     if len(ious) <= MOST_NUMBERED:
         for row, iou in enumerate(ious):
-            axes.text(min(iou, 1) + 0.02, row, f"{iou:.3f}", va="center", fontsize=8)
+            axes.text(min(iou, 1) + 0.02, row, f"{iou:.3f}", va="center", fontsize=8,
+                      bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})  # over the line
     mean = float(np.mean(ious))
     axes.axvline(mean, color=paper.INK, linestyle="--", linewidth=1)
     axes.set_title(f"IoU, mean {mean:.3f} (dashed)")

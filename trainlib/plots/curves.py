@@ -30,8 +30,9 @@ _WHOLE = ("train/loss", "train/lr", "train/grad_norm")
 _WIDTH, _ROW_HEIGHT = 5.5, 3.1  # inches of a panel
 _FEW = 60  # points of a line that get a marker each
 _MOST_LINES = len(paper.LINES)  # of a panel
-_MOST_INSIDE = 5  # lines of a legend that stands among them
-_LABEL_LENGTH, _TITLE_LENGTH = 30, 60  # letters
+_MOST_INSIDE = 5  # lines of a panel whose legend stands among them
+_LABEL_LENGTH, _TITLE_LENGTH = 34, 60  # letters
+_LEGEND_INCHES = 0.2 * _MOST_LINES / 2 + 0.1  # of one below its panel
 
 
 @dataclass
@@ -123,7 +124,10 @@ def draw_curves(file: Path, title: str, config: dict[str, Any], curves: Curves) 
     rows = -(-len(panels) // columns)
     monitor = monitored(config)
     best = curves.best(monitor)
-    with paper.page(file, max(_WIDTH * columns, 7), _ROW_HEIGHT * rows + 0.6) as figure:
+    below = {number // columns for number, panel in enumerate(panels)
+             if len(panel.keys) > _MOST_INSIDE}
+    height = _ROW_HEIGHT * rows + _LEGEND_INCHES * len(below) + 0.6
+    with paper.page(file, max(_WIDTH * columns, 7), height) as figure:
         paper.head(figure, title + (
             "" if best is None else f": best {shorten(label(monitor), _TITLE_LENGTH)} "
             f"{best[1]:.4g} at step {best[0]:,.0f}"))
@@ -203,7 +207,8 @@ def finish_panel(axes: Axes, panel: Panel, last_step: float) -> None:
     axes.grid()
     handles, _ = axes.get_legend_handles_labels()
     if len(handles) > _MOST_INSIDE:
-        axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1))
+        axes.legend(loc="upper left", bbox_to_anchor=(0, -0.2), ncols=2, borderaxespad=0,
+                    fontsize=7, columnspacing=1, handlelength=2.5)
     elif handles:
         axes.legend(loc="best")
 

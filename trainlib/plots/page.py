@@ -5,9 +5,11 @@ from __future__ import annotations
 import base64
 from collections.abc import Mapping, Sequence
 from html import escape
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
+_MOST_ROWS = 40  # of a table that is shown as a whole
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; color: #1a1a1a; background: #fff; margin: 2rem auto;
@@ -27,7 +29,14 @@ figure.mistake { border: 2px solid #c8501e; } b.mistake { color: #a8401a; }
 figure img { image-rendering: pixelated; max-width: 100%; } figcaption { font-size: .85rem; }
 pre { background: #f5f5f5; padding: .8rem; white-space: pre-wrap; font-size: .85rem; }
 figure pre { margin: 0 0 .3rem; padding: .4rem; }
-@media (max-width: 40rem) { td { max-width: 14rem; } table.facts td { white-space: normal; } }
+div.long { max-height: 40rem; overflow-y: auto; border: 1px solid #ddd; width: fit-content;
+           max-width: 100%; }
+div.long th { position: sticky; top: 0; background: #fff; }
+@media print { div.long { max-height: none; } }
+@media (max-width: 40rem) {
+  th { white-space: normal; } td { max-width: 14rem; }
+  table.facts td:first-child { white-space: normal; }
+}
 """
 
 
@@ -63,14 +72,17 @@ def table(
     if not rows:
         return ""
 
-    def cell(text: str) -> str:
-        is_number = text[:1].isdigit() or text[:1] in "-.–"
-        start = "<td>" if is_number else '<td class="text">'
-        return f"{start}{escape(text)}</td>"
+    def cell(tag: str, text: str, below: str) -> str:
+        is_number = below[:1].isdigit() or below[:1] in "-.–"
+        start = f"<{tag}>" if is_number else f'<{tag} class="text">'
+        return f"{start}{escape(text)}</{tag}>"
 
-    head = "" if header is None else f"<tr>{''.join(f'<th>{escape(t)}</th>' for t in header)}</tr>"
-    body = "".join(f"<tr>{''.join(map(cell, row))}</tr>\n" for row in rows)
-    return f'<div class="wide"><table class="{kind}">{head}\n{body}</table></div>'
+    # A heading stands above its column, where that starts.
+    head = map(cell, repeat("th"), header or (), rows[0])
+    body = "".join(f"<tr>{''.join(map(cell, repeat('td'), row, row))}</tr>\n" for row in rows)
+    size = "wide long" if len(rows) > _MOST_ROWS else "wide"
+    return (f'<div class="{size}"><table class="{kind}"><tr>{"".join(head)}</tr>\n{body}</table>'
+            "</div>")
 
 
 def number(value: Any) -> str:
@@ -100,7 +112,8 @@ def mapping(values: Mapping[str, Any]) -> str:
         if isinstance(value, list):
             value = " ".join(map(str, value))
         elif isinstance(value, dict):
-            value = ", ".join(f"{name} {number(one)}" for name, one in numbers(value).items())
+            value = ", ".join(f"{name} {number(one)}"
+                              for name, one in (numbers(value) or value).items())
         rows.append([key.replace("_", " "), number(value)])
     return table(None, rows, "facts")
 

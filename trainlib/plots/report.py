@@ -16,10 +16,12 @@ from typing import Any
 
 from trainlib.plots import page, paper
 from trainlib.plots.curves import kinds, monitored
+from trainlib.plots.names import shorten, tell_apart
 from trainlib.plots.records import Curves, Line, finite, read_config, read_json, read_records
 
 REPORT = "report.html"
 _MOST_CLASSES = 100  # rows of the table of classes
+_TASK_LENGTH, _CLASS_LENGTH = 48, 100  # letters of a name
 
 
 def write_report(run: Path, say: Callable[[str], object] = print) -> Path:
@@ -104,13 +106,19 @@ def _metrics(
 ) -> str:
     """The numbers of each task, of both weights; lists and tables stand elsewhere."""
     rows = []
+    short = _short(best or final)
     for task in best or final:
         columns = [page.numbers(results.get(task)) for results in (best, final)]
         for key in dict.fromkeys(key for column in columns for key in column):
-            prefix = f"{task}: " if len(best or final) > 1 else ""
+            prefix = f"{short[task]}: " if len(best or final) > 1 else ""
             rows.append([prefix + key, *(page.number(column.get(key)) for column in columns)])
     at = "" if best_step is None else f" (step {best_step:,.0f})"
     return page.table(["", "best weights" + at, "final weights"], rows)
+
+
+def _short(tasks: Iterable[str]) -> dict[str, str]:
+    tasks = list(tasks)
+    return dict(zip(tasks, tell_apart(tasks, _TASK_LENGTH), strict=True))
 
 
 def _classes(file: Path) -> str:
@@ -120,7 +128,8 @@ def _classes(file: Path) -> str:
         rows = list(csv.reader(lines))
     header, rows = rows[0] if rows else [], rows[1:]
     # The class "007" is a name and no number.
-    shown = [[text if column in ("task", "class") else _rounded(text)
+    lengths = {"task": _TASK_LENGTH, "class": _CLASS_LENGTH}
+    shown = [[shorten(text, lengths[column]) if column in lengths else _rounded(text)
               for column, text in zip(header, row, strict=False)] for row in rows[:_MOST_CLASSES]]
     more = len(rows) - len(shown)
     return page.table(header, shown) + (
@@ -161,7 +170,8 @@ def _example(folder: Path, entry: Mapping[str, Any], mark: str) -> str:
         body = f'<img src="{page.inline(folder / Path(entry["image"]).name)}" alt="">'
     elif entry.get("text") is not None:
         body = f"<pre>{escape(str(entry['text']))}</pre>"
-    said = [str(entry["task"]), *(f"{name} {entry[name]!r}" for name in ("target", "prediction"))]
+    said = [shorten(entry["task"], _TASK_LENGTH),
+            *(f"{name} {entry[name]!r}" for name in ("target", "prediction"))]
     said += [f"{name} {page.number(entry[name])}" for name in ("confidence", "loss")
              if entry.get(name) is not None]
     lines = [*map(escape, [*said, f"row {entry['row']}"])]
