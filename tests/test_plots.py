@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from matplotlib.figure import Figure
 from PIL import Image
 
 from trainlib import plots, progress, tasks
@@ -19,7 +20,7 @@ from trainlib.metrics import (
     regression_metrics,
     segmentation_metrics,
 )
-from trainlib.plots import curves, records
+from trainlib.plots import comparison, curves, names, numbers, paper, records
 from trainlib.plots.__main__ import main
 from trainlib.plots.classes import _pooled, _share_text, draw_confusion, most_confused
 from trainlib.plots.comparison import run_names
@@ -58,6 +59,9 @@ def logged(num_records, every=10, first=0, loss=lambda step: 2.3 / (1 + step / 5
             yield {"step": step, "epoch": step / 45, "eval/loss": loss(step), "eval/accuracy":
                    0.9 - abs(step - 60) / 1000, "eval/miou": 0.5, "eval/micro_f1": 0.4,
                    "eval/mae": 3.0, "eval/r2": -0.5, "eval/perplexity": 9.0}
+
+
+FEW = [{"step": 1, "train/lr": 0.1}, {"step": 2, "train/lr": 0.1}]  # sooner drawn than many
 
 
 def labels_of(kind, names):
@@ -192,6 +196,55 @@ def test_more_colour_is_darker_in_grey():
     assert len({str(dashes) for _, dashes, _ in LINES}) == len({m for *_, m in LINES}) == len(LINES)
 
 
+# ---- names ----
+
+@pytest.mark.parametrize("some", [
+    [f"a rather long name of class {number}" for number in range(20)],
+    [f"the class {number} with a long start and a long end" for number in range(120)],
+    ["same", "same", "other"],
+    ["\U000f0000", "\U000f0001", "\ud800", "a\x00b"],
+], ids=["ends differ", "middles differ", "twice the same", "no font has them"])
+def test_names_of_classes_fit_and_are_told_apart(tmp_path, some):
+    short = names.of_classes(some)
+    assert len(set(short)) == len(some) and max(map(len, short)) <= names.LENGTH
+    # And those that look alike without the letters that no font has, by their numbers.
+    legible = ["".join(letter for letter in text if ord(letter) in names._letters())
+               for text in short]
+    assert len(set(legible)) == len(some)
+    assert names.of_classes(["cat", "a dog"]) == ["cat", "a dog"]
+
+
+def test_the_names_at_an_axis_are_those_that_are_told_apart(tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(paper, "name_ticks", lambda _, texts, *__, **___: shown.append(texts))
+    some = [f"the class {number} with a long start and a long end" for number in range(9)]
+    draw_confusion(tmp_path / "a.png", "a", np.eye(9, dtype=int), some, "samples")
+    assert shown and all(len(set(texts)) == 9 for texts in shown)
+
+
+@pytest.mark.parametrize("some", [
+    ["/data/projects/very/long/path/one/file", "/data/projects/very/long/path/two/file"],
+    [f"a/{'b' * 40}/number_{number}/run" for number in range(3)],
+    ["x" * 50 + "1" + "x" * 50, "x" * 50 + "2" + "x" * 50, "short"],
+    ["a" * 30, "a" * 31, "a" * 32, "a" * 32], ["", "b"], ["one"],
+])
+def test_short_forms_differ_where_and_only_where_names_do(some):
+    short = names.tell_apart(some, 28)
+    assert max(map(len, short)) <= 28
+    assert [[a == b for b in short] for a in short] == [[a == b for b in some] for a in some]
+
+
+def test_every_task_has_a_picture_of_its_own(make_run):
+    tasks = ["a b", "a_b", "a/b", "A_B", "n" * 250, "n" * 249 + "m", "猫" * 250]
+    run, said = make_run("run", dict.fromkeys(tasks, "classification"), FEW), []
+    written = plots.draw_run(run, said.append)
+    pictures = {file for file in written if file.name.startswith("confusion_matrix_")}
+    assert len({file.name.casefold() for file in pictures}) == len(tasks) and said == []
+    assert all(file.exists() for file in written) and run / "per_class.csv" in written
+    parts = names.of_files(["a b", "a_b", "c d"])  # a name that is plain keeps it
+    assert (parts["a_b"], parts["c d"]) == ("a_b", "c_d") and parts["a b"].startswith("a_b_")
+
+
 # ---- records that are odd ----
 
 @pytest.mark.parametrize("lines", [
@@ -225,6 +278,93 @@ def test_without_records_or_an_evaluation_it_says_so_and_draws_the_rest(make_run
     said.clear()
     assert [file.name for file in plots.draw_run(run, said.append)] == ["report.html"]
     assert len(said) == 2 and "evaluation.json" in said[1]
+
+
+NO_NUMBERS = [
+    '{"step": 310, "epoch": Infinity, "train/loss": 1.0, "memory/peak_gib": Infinity}',
+    '{"step": 310, "epoch": "seven", "train/loss": "high", "speed/samples_per_second": []}',
+    '{"step": 310, "epoch": 7, "train/loss": ' + "9" * 400 + "}",
+    '{"step": ' + "9" * 400 + ', "epoch": 7, "train/loss": 1.0}',
+    '{"step": NaN, "epoch": 7, "train/loss": 1.0}', "[" * 100_000, "\x00",
+]
+
+
+def test_a_value_that_is_no_number_costs_no_picture(make_run):
+    run, said = make_run("run", {"t": "classification"}), []
+    with (run / "metrics.jsonl").open("a") as file:
+        file.writelines(record + "\n" for record in NO_NUMBERS)
+    assert [file.name for file in plots.draw_run(run, said.append)] == [
+        "curves.png", "confusion_matrix.png", "per_class.csv", "report.html"]
+    assert said == []
+    assert read_curves(run).epochs_per_step == pytest.approx(1 / 45, rel=0.05)
+
+
+def test_keys_that_are_unknown_are_said_to_be(make_run):
+    lines = [{"step": 1, "eval/other": 1.0}]
+    run, said = make_run("run", {"t": "language_modeling"}, lines), []
+    assert [file.name for file in plots.draw_run(run, said.append)] == ["report.html"]
+    assert len(said) == 1 and "curves.png" in said[0]
+
+
+DAMAGES = {
+    "classes are missing": lambda result: result.pop("classes"),
+    "classes are words": lambda result: result.update(classes=["a", "b", "c"]),
+    "the matrix is ragged": lambda result: result["confusion"][1].pop(),
+    "the matrix has words": lambda result: result.update(confusion=[["x"] * 3] * 3),
+    "the matrix is a number": lambda result: result.update(confusion=7),
+    "a value is null": lambda result: result["classes"][1].update(iou=None, f1=None),
+}
+
+
+@pytest.mark.parametrize("kind", ["classification", "segmentation", "multilabel"])
+def test_a_damaged_task_costs_no_other(make_run, capsys, kind):
+    whole = {"a": "classification", "z": "segmentation"}
+    run = make_run("run", whole | dict.fromkeys(DAMAGES, kind), FEW)
+    evaluation = json.loads((run / "best" / "evaluation.json").read_text())
+    for task, damage in DAMAGES.items():
+        evaluation[task].setdefault("confusion", [[1, 2, 3], [4, 5, 6], [7, 8, 9]])
+        damage(evaluation[task])
+    (run / "best" / "evaluation.json").write_text(json.dumps(evaluation))
+    assert main([str(run)]) == 0
+    captured = capsys.readouterr()
+    written = {file.rpartition("/")[2] for file in captured.out.splitlines()}
+    assert written >= {"curves.png", "confusion_matrix_a.png", "confusion_matrix_z.png",
+                       "per_class.csv", "report.html"}
+    assert all(line.startswith("plots: ") for line in captured.err.splitlines())
+    for task, part in names.of_files(DAMAGES).items():
+        picture = f"confusion_matrix_{part}.png"
+        has_nothing = kind == "multilabel" and task == "classes are missing"
+        assert has_nothing or picture in written or f"{picture}: left out" in captured.err, task
+    with (run / "per_class.csv").open() as file:
+        assert set(whole) <= {row["task"] for row in csv.DictReader(file)}
+
+
+def test_a_matrix_is_drawn_without_its_accuracy(make_run):
+    values = {"null": None, "missing": None, "a word": "high", "no number": math.nan}
+    run, said = make_run("run", dict.fromkeys(values, "classification"), FEW), []
+    evaluation = json.loads((run / "best" / "evaluation.json").read_text())
+    for task, value in values.items():
+        evaluation[task]["accuracy"] = value
+    del evaluation["missing"]["accuracy"]
+    (run / "best" / "evaluation.json").write_text(json.dumps(evaluation))
+    written = [file.stem for file in plots.draw_run(run, said.append)]
+    assert sum("confusion" in stem for stem in written) == len(values) and said == []
+
+
+@pytest.mark.parametrize("content", [b"row,task,target\n\xff\xfe\n", b"a" * 200_000, None],
+                         ids=["no UTF-8", "an endless cell", "a folder"])
+def test_damaged_predictions_are_left_out_in_a_line(make_run, capsys, content):
+    run = make_run("run", {"t": "regression"}, FEW, size=1)
+    if content is None:
+        (run / "predictions.csv").mkdir()
+    else:
+        (run / "predictions.csv").write_bytes(content)
+    assert main([str(run)]) == 0
+    captured = capsys.readouterr()
+    assert [file.rpartition("/")[2] for file in captured.out.split()] == [
+        "curves.png", "per_class.csv", "report.html"]
+    assert len(captured.err.splitlines()) == 1 and "predictions.csv" in captured.err
+    assert "written" not in captured.err and "--out" not in captured.err
 
 
 def test_a_torn_line_is_left_out(make_run):
@@ -337,6 +477,33 @@ def test_a_long_run_is_thinned_and_smoothed_from_every_record(make_run):
     assert (found.last_step, found.epochs_per_step) == (num_records, pytest.approx(1 / 9))
 
 
+# ---- many lines ----
+
+def test_no_line_is_dropped_and_no_panel_has_more_than_can_be_told_apart():
+    tasks = [f"task {number}" for number in range(30)]
+    config = {"tasks": {task: {"kind": "classification"} for task in tasks}}
+    keys = [f"train/{task}_loss" for task in tasks] + [f"eval/{task}/accuracy" for task in tasks]
+    panels = curves.choose_panels([config], keys)
+    assert sorted(key for panel in panels for key in panel.keys) == sorted(keys)
+    assert max(len(panel.keys) for panel in panels) <= len(paper.LINES)
+    assert len({panel.title for panel in panels}) == len(panels)
+
+
+@pytest.mark.parametrize("num_lines", [2, 6, 8])
+def test_a_long_legend_covers_no_line(num_lines):
+    figure = Figure((5.5, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for number in range(num_lines):
+        axes.plot([0, 1], [number, 1], label=f"validation task {number} accuracy")
+    curves.finish_panel(axes, curves.Panel("title", "unit", []), 1)
+    figure.draw_without_rendering()
+    legend = axes.get_legend().get_window_extent()
+    inside = legend.overlaps(axes.get_window_extent())
+    assert inside == (num_lines < 6)
+    assert figure.bbox.containsx(legend.x1) and figure.bbox.containsy(legend.y0)
+    assert not legend.overlaps(axes.xaxis.label.get_window_extent())
+
+
 # ---- classes and numbers ----
 
 def test_the_most_confused_pairs_come_first_and_right_ones_are_no_mistakes():
@@ -383,6 +550,23 @@ def test_of_predictions_only_the_tasks_own_are_drawn(make_run):
     assert run / "confusion_matrix.png" in plots.draw_run(run)
 
 
+def test_of_very_many_columns_the_worst_are_drawn(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(numbers, "_draw_column", lambda *given: drawn.append(given[4]))
+    random = np.random.default_rng(0)
+    true, wrong = random.normal(size=(2, 12, 50))
+    scales = np.geomspace(1e-3, 1e3, 12)[:, None]
+    # Errors of 1, 2, ... deviations, in units in which the first columns have the smallest ones.
+    predicted = true + wrong * np.arange(12, 0, -1)[:, None]
+    draw_regression(tmp_path / "a.png", "title", {
+        f"column {number}": pair
+        for number, pair in enumerate(zip(true * scales, predicted * scales, strict=True))})
+    error = np.abs(predicted - true).mean(1) / true.std(1)
+    assert drawn == [f"column {number}" for number in np.argsort(-error)[:8]]
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.size == (1530, round((8 * 4.6 + 0.5) * 150))
+
+
 @pytest.mark.parametrize("losses", [[2.0], [None, 2.0, 1.0], [None], [1.0] * 4096])
 def test_losses_by_position_are_drawn(tmp_path, losses):
     draw_positions(tmp_path / "a.png", "title", losses)
@@ -411,6 +595,33 @@ def test_several_runs_are_drawn_over_each_other_above_what_differs(make_run, tmp
     assert [line.split() for line in capsys.readouterr().out.splitlines()] == [
         ["option", "one", "two"], ["seed", "0", "7"]]
     assert_picture(tmp_path / "both.png")
+
+
+def test_the_table_is_printed_whole_and_shown_so_that_it_says_what_differs(
+    make_run, tmp_path, monkeypatch
+):
+    said, shown, make = [], [], comparison._shown_table
+    monkeypatch.setattr(comparison, "_shown_table", lambda *given: shown.extend(make(*given))
+                        or shown)
+    sources = [f"/data/projects/{'very/' * 10}long/path/{which}/{'file' * 10}"
+               for which in ("one", "two")]
+    names = [f"cifar10_a_quite_long_name_of_a_run_with_seed_{seed}" for seed in range(2)]
+    runs = [make_run(name, {"t": "classification"}, FEW, data={"source": source})
+            for name, source in zip(names, sources, strict=True)]
+    plots.overlay(runs, tmp_path / "both.png", said.append)
+    assert [line.split() for line in said[0].splitlines()] == [
+        ["option", *names], ["data.source", *sources]]
+    for line in shown:
+        _, one, two = line.split()
+        assert one != two and max(len(one), len(two)) <= 28
+
+
+def test_more_runs_than_fit_are_counted_and_drawn_all(tmp_path):
+    values = [str(number) for number in range(70)]
+    table = comparison._shown_table(values, {"seed": values})
+    assert table[0].split() == ["option", *values[:8]] and "62 more runs" in table[-1]
+    assert len(list(comparison._styled(values))) == 70
+    assert len({str(style) for _, style in comparison._styled(values[:64])}) == 64
 
 
 def test_runs_of_one_name_are_told_apart_by_their_paths(make_run, tmp_path, capsys):
@@ -459,6 +670,46 @@ def test_a_folder_that_is_no_run_is_one_line_and_exit_code_2(tmp_path, capsys, w
         assert captured.out == "" and len(captured.err.splitlines()) == 1
         assert str(bad) in captured.err and "config.yaml" in captured.err
     assert not (tmp_path / "out.png").exists()
+
+
+@pytest.mark.parametrize("runs, out, words", [
+    (1, "x.png", "one run"), (2, "x.pdf", "x.pdf"), (2, "x", ".png"),
+    (2, "missing/x.png", "missing/x.png: cannot be written"), (2, "folder.png", "folder.png"),
+])
+def test_an_out_that_cannot_be_is_refused_in_a_line(
+    make_run, tmp_path, capsys, monkeypatch, runs, out, words
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.png").mkdir()
+    folders = [str(make_run(f"run {number}", {"t": "classification"}, FEW))
+               for number in range(runs)]
+    assert main([*folders, "--out", out]) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1 and words in error and "tmp" not in error
+    assert not (tmp_path / "x").exists() and not list(tmp_path.rglob("x.p*"))
+    assert not list(tmp_path.rglob(".tmp*"))
+
+
+def test_a_folder_that_takes_no_file_is_said_to(make_run, capsys, monkeypatch):
+    def fails(source, target):
+        raise OSError(28, "No space left on device", source, None, target)
+
+    run = make_run("run", {"t": "classification"}, FEW)
+    monkeypatch.setattr(paper.os, "replace", fails)
+    assert main([str(run)]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and "tmp_" not in captured.err
+    assert "cannot be written (No space left" in captured.err.splitlines()[-1]
+
+
+def test_a_file_that_cannot_be_replaced_costs_no_other(make_run, capsys):
+    run = make_run("run", {"t": "classification"}, FEW)
+    (run / "confusion_matrix.png").mkdir()
+    assert main([str(run)]) == 0
+    captured = capsys.readouterr()
+    assert [file.rpartition("/")[2] for file in captured.out.split()] == [
+        "curves.png", "per_class.csv", "report.html"]
+    assert "confusion_matrix.png cannot be written" in captured.err and ".tmp" not in captured.err
 
 
 def test_it_runs_as_a_module_and_needs_no_torch(make_run):

@@ -10,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
+import yaml
 from launching import train
 
 from trainlib import plots
@@ -86,6 +87,69 @@ def test_nothing_that_a_run_holds_becomes_part_of_the_page(run, tmp_path):
     assert sum(HOSTILE in words for words in found.words) >= 3
     assert "a <b> & run" in found.words
     assert "root:" not in (copy / "report.html").read_text()
+
+
+def test_the_best_weights_are_named_by_their_step(run, tmp_path):
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    reached = {record["step"]: record["eval/accuracy"] for record in records
+               if "eval/accuracy" in record}
+    best = max(reached, key=reached.get)  # the first of the best
+    assert f"best weights (step {best})" in page(run).words
+    copy = shutil.copytree(run, tmp_path / "run")
+    (copy / "metrics.jsonl").unlink()
+    write_report(copy)
+    assert "best weights" in page(copy).words
+
+
+def test_mistakes_among_drawn_samples_are_marked(run, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "run")
+
+    def marks(kind: str, pairs: list[tuple[str, str]]) -> list[str]:
+        config = yaml.safe_load((run / "config.yaml").read_text())
+        config["tasks"] = {"t": {"kind": kind}}
+        (copy / "config.yaml").write_text(yaml.safe_dump(config))
+        (copy / "examples" / "examples.json").write_text(json.dumps([
+            {"task": "t", "group": group, "row": 0, "target": target, "prediction": prediction}
+            for group in ("mistake", "sample") for target, prediction in pairs]))
+        write_report(copy)
+        return [word for word in page(copy).words if word in ("mistake", "not the target")]
+
+    pairs = [("a", "a"), ("a", "b"), ("", "b")]  # the last has no target
+    assert marks("classification", pairs) == ["mistake"]
+    assert marks("language_modeling", pairs) == ["mistake"]
+    assert marks("multilabel", pairs) == ["not the target"] * 2
+    assert marks("regression", pairs) == marks("segmentation", pairs) == []
+
+
+def test_names_stay_names_and_a_damaged_file_costs_its_section_only(run, tmp_path):
+    copy, said = shutil.copytree(run, tmp_path / "run"), []
+    (copy / "per_class.csv").write_text("task,class,f1\ndigit,007,0.123456\ndigit,1e3,12345\n")
+    write_report(copy, said.append)
+    assert {"007", "1e3", "0.1235", "12,345"} <= set(page(copy).words) and said == []
+    (copy / "per_class.csv").write_bytes(b"task,class\n\xff,\xff\n")
+    (copy / "examples" / "examples.json").write_text('[{"task": "digit"}, 7]')
+    (copy / "environment.json").write_text('{"starts": [3]}')
+    (copy / "metrics.jsonl").write_text(
+        '{"step": 1, "epoch": Infinity, "memory/peak_gib": "x", "eval/accuracy": 0.5}\n')
+    (copy / "exit.json").write_text('{"code": [], "reason": {}}')
+    write_report(copy, said.append)
+    sections = ("Classes", "Worst predictions", "Samples drawn at random", "Starts and times")
+    assert [line.split(", ")[1].split(":")[0] for line in said] == list(sections)
+    words = page(copy).words
+    assert sum(word.startswith("left out (") for word in words) == len(sections)
+    assert {"Metrics of the validation split", "Curves", "Options"} <= set(words)
+
+
+def test_long_tables_scroll_and_headings_stand_above_their_columns(run, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "run")
+    (copy / "per_class.csv").write_text("task,class,f1\n" + "".join(
+        f"{'a long name of a task ' * 9}{number % 2},{number},0.5\n" for number in range(120)))
+    write_report(copy)
+    found = page(copy)
+    assert ("div", {"class": "wide long"}) in found.tags and "and 20 more" in " ".join(found.words)
+    headings = [(tag, attrs) for tag, attrs in found.tags if tag == "th"]
+    assert ("th", {"class": "text"}) in headings and ("th", {}) in headings
+    assert max(len(word) for word in found.words if word.startswith("a long name")) <= 48
 
 
 @pytest.mark.parametrize("damage", ["missing", "empty", "binary"])

@@ -11,6 +11,7 @@ from matplotlib.colors import PowerNorm
 from matplotlib.ticker import FuncFormatter
 
 from trainlib.plots import paper
+from trainlib.plots.names import fonts, of_classes
 
 MOST_NUMBERED = 20  # classes with a number in each cell
 _MOST_TICKS = 25
@@ -37,7 +38,8 @@ def draw_confusion(
     has_pairs = num_classes > MOST_NUMBERED
     side = float(np.clip(_CELL_INCHES * num_classes, *_SIDE_INCHES))
     side = _SIDE_WITHOUT_NUMBERS_INCHES if has_pairs else side
-    longest = max(len(paper.shorten(name)) for name in names)
+    names = of_classes(names)
+    longest = max(map(len, names))
     label, pair = _LETTER_INCHES * longest, 2 * max(longest, len("predicted")) + 16
     is_upright = label * min(num_classes, _MOST_TICKS) > side
     # Insides of the panels, and what they need around them.
@@ -48,7 +50,7 @@ def draw_confusion(
     supports = counts.sum(1, keepdims=True)
     shares = np.divide(100.0 * counts, supports, out=np.zeros(counts.shape), where=supports > 0)
     with paper.page(file, sum(widths) + around, height) as figure:
-        figure.suptitle(title)
+        paper.head(figure, title)
         panels = iter(figure.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0])
         left, right = next(panels), next(panels)
         _draw_matrix(left, counts, names, is_upright, f"number of {unit}", _count_text)
@@ -78,7 +80,7 @@ def _draw_matrix(
                   fontsize=7 if num_classes > 10 else 8, color="white" if is_dark else paper.INK)
     if num_classes > MOST_NUMBERED:
         axes.figure.colorbar(
-            image, ax=axes, shrink=0.8, anchor=(0, 1), pad=0.02,
+            image, cax=axes.inset_axes((1.02, 0, 0.05, 1)),  # as high as the matrix
             format=FuncFormatter(lambda value, _: _count_text(value, num_classes)))
     paper.name_ticks(axes.set_xticks, names, _MOST_TICKS, rotation=90 if is_upright else 0)
     paper.name_ticks(axes.set_yticks, names, _MOST_TICKS)
@@ -117,7 +119,8 @@ def _draw_ious(axes: Axes, ious: np.ndarray, names: list[str]) -> None:
     axes.barh(range(len(ious)), ious, color=paper.BLUE, height=0.7)
     if len(ious) <= MOST_NUMBERED:
         for row, iou in enumerate(ious):
-            axes.text(min(iou, 1) + 0.02, row, f"{iou:.3f}", va="center", fontsize=8)
+            axes.text(min(iou, 1) + 0.02, row, f"{iou:.3f}", va="center", fontsize=8,
+                      bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})  # over the line
     mean = float(np.mean(ious))
     axes.axvline(mean, color=paper.INK, linestyle="--", linewidth=1)
     axes.set_title(f"IoU, mean {mean:.3f} (dashed)")
@@ -146,7 +149,6 @@ def _list_pairs(
 ) -> None:
     axes.set_axis_off()
     axes.set_title("most often confused")
-    names = [paper.shorten(name) for name in names]
     width = max(len("predicted"), *map(len, names))
     lines = [f"{'true':<{width}} {'predicted':<{width}} {'count':>6} {'%':>4}"]
     lines += [
@@ -156,8 +158,8 @@ def _list_pairs(
         for true, predicted in most_confused(counts)
     ]
     lines += ["no mistakes"] if len(lines) == 1 else []
-    axes.text(0, 1, "\n".join(lines), family="monospace", fontsize=8, va="top", linespacing=1.6,
-              transform=axes.transAxes)
+    axes.text(0, 1, "\n".join(lines), family=fonts("monospace"), fontsize=8, va="top",
+              linespacing=1.6, transform=axes.transAxes)
 
 
 def draw_labels(file: Path, title: str, classes: list[dict], names: list[str]) -> None:
@@ -166,7 +168,7 @@ def draw_labels(file: Path, title: str, classes: list[dict], names: list[str]) -
     Args:
         classes: precision, recall, f1 and support of each label.
     """
-    shown = list(range(len(classes)))
+    shown, names = list(range(len(classes))), of_classes(names)
     if len(shown) > _MOST_LABELS:
         shown = sorted(shown, key=lambda k: classes[k]["f1"])[:_MOST_LABELS]
         title += f", the {_MOST_LABELS} of {len(classes)} labels with the least F1"
@@ -175,7 +177,7 @@ def draw_labels(file: Path, title: str, classes: list[dict], names: list[str]) -
     scores = {"precision": (paper.BLUE, "", "o"), "recall": ("#8fb8de", "//", "s"),
               "f1": ("#e9e9e9", "..", "^")}
     with paper.page(file, 8, 1.7 + len(shown) * (0.55 if has_bars else 0.19)) as figure:
-        figure.suptitle(title)
+        paper.head(figure, title)
         axes = figure.add_subplot()
         for place, (name, (colour, hatch, marker)) in enumerate(scores.items()):
             values = [classes[k][name] for k in shown]
@@ -186,8 +188,7 @@ def draw_labels(file: Path, title: str, classes: list[dict], names: list[str]) -
             else:
                 axes.plot(values, rows, marker, color=colour, markeredgecolor=paper.INK,
                           markersize=6, label=text, linestyle="", clip_on=False)
-        axes.set_yticks(rows, [f"{paper.shorten(names[k])} ({classes[k]['support']:,})"
-                               for k in shown])
+        axes.set_yticks(rows, [f"{names[k]} ({classes[k]['support']:,})" for k in shown])
         axes.set_ylim(len(shown) - 0.5, -0.5)
         axes.set_xlim(0, 1)
         axes.set_xlabel("precision, recall, F1")

@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from trainlib.plots import paper
+from trainlib.plots.names import shorten, tell_apart
 from trainlib.plots.records import Curves, lower_is_better
 
 HEADLINE = {
@@ -28,7 +29,10 @@ _WORDS = {"f1": "F1", "r2": "R²", "mae": "MAE", "rmse": "RMSE", "miou": "mean I
 _WHOLE = ("train/loss", "train/lr", "train/grad_norm")
 _WIDTH, _ROW_HEIGHT = 5.5, 3.1  # inches of a panel
 _FEW = 60  # points of a line that get a marker each
-_MOST_PARTS = len(paper.LINES)
+_MOST_LINES = len(paper.LINES)  # of a panel
+_MOST_INSIDE = 5  # lines of a panel whose legend stands among them
+_LABEL_LENGTH, _TITLE_LENGTH = 34, 60  # letters
+_LEGEND_INCHES = 0.2 * _MOST_LINES / 2 + 0.1  # of one below its panel
 
 
 @dataclass
@@ -52,8 +56,7 @@ def choose_panels(configs: Iterable[dict[str, Any]], keys: Iterable[str]) -> lis
     found.append(Panel(" and ".join(map(label, losses)), "mean loss", losses))
     parts = [key for key in keys if key.startswith("train/") and key not in _WHOLE]
     if len(parts) > 1:
-        found.append(Panel("parts of the training loss, smoothed", "mean loss",
-                           parts[:_MOST_PARTS]))
+        found += _split(Panel("parts of the training loss, smoothed", "mean loss", parts))
     metrics: dict[str, Panel] = {}
     for key in wanted_metrics(configs):
         if key in keys and key not in losses:
@@ -64,10 +67,20 @@ def choose_panels(configs: Iterable[dict[str, Any]], keys: Iterable[str]) -> lis
             metrics.setdefault(key if own else "", Panel("", unit, [])).keys.append(key)
     for panel in metrics.values():
         panel.title = label(panel.keys[0]) if len(panel.keys) == 1 else "validation"
-        found.append(panel)
+        found += _split(panel)
     found += [Panel("learning rate", "learning rate", ["train/lr"]),
               Panel("gradient norm, before clipping", "norm of the gradient", ["train/grad_norm"])]
     return [panel for panel in found if any(key in keys for key in panel.keys)]
+
+
+def _split(panel: Panel) -> list[Panel]:
+    """Panels of no more lines than can be told apart."""
+    number = -(-len(panel.keys) // _MOST_LINES)
+    if number == 1:
+        return [panel]
+    most = -(-len(panel.keys) // number)
+    return [Panel(f"{panel.title}, {place + 1} of {number}", panel.unit,
+                  panel.keys[place * most : (place + 1) * most]) for place in range(number)]
 
 
 def wanted_metrics(configs: Iterable[dict[str, Any]]) -> list[str]:
@@ -85,7 +98,7 @@ def wanted_metrics(configs: Iterable[dict[str, Any]]) -> list[str]:
 def kinds(config: dict[str, Any]) -> dict[str, str]:
     """The kind of each task of a run."""
     tasks = config.get("tasks")
-    return {str(name): task.get("kind", "") for name, task in tasks.items()
+    return {str(name): str(task.get("kind", "")) for name, task in tasks.items()
             if isinstance(task, dict)} if isinstance(tasks, dict) else {}
 
 
@@ -102,16 +115,22 @@ def label(key: str) -> str:
     return " ".join(["validation" if where == "eval" else "training", *task, name])
 
 
-def draw_curves(file: Path, title: str, config: dict[str, Any], curves: Curves) -> None:
-    """The curves of one run as a PNG; there must be a record."""
+def draw_curves(file: Path, title: str, config: dict[str, Any], curves: Curves) -> bool:
+    """The curves of one run as a PNG; whether there was any to draw."""
     panels = choose_panels([config], curves.lines)
+    if not panels:
+        return False
     columns = min(len(panels), 2)
     rows = -(-len(panels) // columns)
     monitor = monitored(config)
     best = curves.best(monitor)
-    with paper.page(file, max(_WIDTH * columns, 7), _ROW_HEIGHT * rows + 0.6) as figure:
-        figure.suptitle(title + ("" if best is None else
-                                 f": best {label(monitor)} {best[1]:.4g} at step {best[0]:,.0f}"))
+    below = {number // columns for number, panel in enumerate(panels)
+             if len(panel.keys) > _MOST_INSIDE}
+    height = _ROW_HEIGHT * rows + _LEGEND_INCHES * len(below) + 0.6
+    with paper.page(file, max(_WIDTH * columns, 7), height) as figure:
+        paper.head(figure, title + (
+            "" if best is None else f": best {shorten(label(monitor), _TITLE_LENGTH)} "
+            f"{best[1]:.4g} at step {best[0]:,.0f}"))
         for number, panel in enumerate(panels):
             axes = figure.add_subplot(rows, columns, number + 1)
             _draw_panel(axes, panel, curves)
@@ -123,11 +142,15 @@ def draw_curves(file: Path, title: str, config: dict[str, Any], curves: Curves) 
             finish_panel(axes, panel, curves.last_step)
             if number < columns:
                 show_epochs(axes, curves.epochs_per_step)
+    return True
 
 
 def _draw_panel(axes: Axes, panel: Panel, curves: Curves) -> None:
     visible = []
-    for key, (colour, dashes, marker) in zip(panel.keys, _styles(panel), strict=False):
+    names = tell_apart(map(label, panel.keys), _LABEL_LENGTH)
+    for key, said, (colour, dashes, marker) in zip(
+        panel.keys, names, _styles(panel), strict=False
+    ):
         if key not in curves.lines:
             continue
         steps, values = curves.lines[key].points()
@@ -141,10 +164,10 @@ def _draw_panel(axes: Axes, panel: Panel, curves: Curves) -> None:
             axes.plot(steps, values, color=colour, label="training, smoothed",
                       marker=marker if np.isfinite(values).sum() == 1 else None)
         elif key in curves.smoothed:
-            draw_line(axes, *curves.smoothed[key].points(), **style, label=label(key))
+            draw_line(axes, *curves.smoothed[key].points(), **style, label=said)
         else:
-            name = "validation" if key == "eval/loss" else label(key)
-            draw_line(axes, steps, values, **style, label=name if len(panel.keys) > 1 else None)
+            said = "validation" if key == "eval/loss" else said
+            draw_line(axes, steps, values, **style, label=said if len(panel.keys) > 1 else None)
         visible.append(values)
         if missing.size:
             axes.plot(missing, np.full(len(missing), 0.03), "x", color=paper.INK, markersize=5,
@@ -174,7 +197,7 @@ def draw_line(axes: Axes, steps: np.ndarray, values: np.ndarray, **style: Any) -
 
 def finish_panel(axes: Axes, panel: Panel, last_step: float) -> None:
     """Labels, limits, grid and legend of a panel."""
-    axes.set_title(panel.title)
+    axes.set_title(shorten(panel.title, _TITLE_LENGTH))
     axes.set_xlabel("step")
     axes.set_ylabel(panel.unit)
     margin = 0.02 * max(last_step, 1)
@@ -183,7 +206,10 @@ def finish_panel(axes: Axes, panel: Panel, last_step: float) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
     axes.grid()
     handles, _ = axes.get_legend_handles_labels()
-    if handles:
+    if len(handles) > _MOST_INSIDE:
+        axes.legend(loc="upper left", bbox_to_anchor=(0, -0.2), ncols=2, borderaxespad=0,
+                    fontsize=7, columnspacing=1, handlelength=2.5)
+    elif handles:
         axes.legend(loc="best")
 
 

@@ -11,15 +11,18 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter
 
 from trainlib.plots import paper
+from trainlib.plots.names import of_classes
 
 MOST_DOTS = 2_000  # beyond it, dots would cover each other
 _PANEL_INCHES = 4.6
+_MOST_COLUMNS = 8
 
 
 def draw_regression(
     file: Path, title: str, columns: Mapping[str, tuple[Sequence[float], Sequence[float]]]
 ) -> bool:
-    """Predicted against true values, and what is left over, as a PNG: a row for each column.
+    """Predicted against true values, and what is left over, as a PNG: a row for each column, or for
+    the worst eight.
 
     Args:
         columns: by name, the targets and the predictions of the samples, in the target's unit; NaN
@@ -29,19 +32,30 @@ def draw_regression(
         Whether there was anything to draw.
     """
     drawn = []
-    for name, pair in columns.items():
+    for name, pair in zip(of_classes(list(columns), 30), columns.values(), strict=True):
         true, predicted = (np.array(numbers, float) for numbers in pair)
         present = np.isfinite(true) & np.isfinite(predicted)
         if present.any():
             drawn.append((name, true[present], predicted[present]))
     if not drawn:
         return False
+    if len(drawn) > _MOST_COLUMNS:
+        title += (f", the {_MOST_COLUMNS} of {len(drawn)} columns with the largest MAE in standard "
+                  "deviations of the target; all are in per_class.csv")
+        drawn = sorted(drawn, key=_scaled_error, reverse=True)[:_MOST_COLUMNS]
     with paper.page(file, 2 * _PANEL_INCHES + 1, _PANEL_INCHES * len(drawn) + 0.5) as figure:
-        figure.suptitle(title)
+        paper.head(figure, title)
         panels = figure.subplots(len(drawn), 2, squeeze=False)
         for (against, left), (name, true, predicted) in zip(panels, drawn, strict=True):
-            _draw_column(against, left, true, predicted, paper.shorten(name, 30))
+            _draw_column(against, left, true, predicted, name)
     return True
+
+
+def _scaled_error(column: tuple[str, np.ndarray, np.ndarray]) -> float:
+    """Mean absolute error in standard deviations of the target; of a constant one none is worse."""
+    _, true, predicted = column
+    error, deviation = np.abs(predicted - true).mean(), true.std()
+    return error / deviation if deviation > 0 else float("inf") if error > 0 else 0.0
 
 
 def _draw_column(
@@ -94,7 +108,7 @@ def draw_positions(file: Path, title: str, losses: Sequence[float]) -> None:
     values = np.array(losses, float)
     with paper.page(file, 8, 4) as figure:
         axes = figure.add_subplot()
-        axes.set_title(title)
+        paper.head(figure, title)
         few = {"marker": "o", "markersize": 3} if len(values) <= 100 else {"linewidth": 1}
         axes.plot(np.arange(1, len(values) + 1), values, color=paper.BLUE, **few)
         present = values[np.isfinite(values)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import textwrap
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
+
+from trainlib.plots import names
 
 DOTS_PER_INCH = 150
 INK, FAINT = "#1a1a1a", "#8a8a8a"
@@ -40,14 +43,19 @@ _THEME = {
     # A dollar sign in the name of a class is no formula.
     "text.parse_math": False,
 }
-_NAME_LENGTH = 22
+_TITLE_LETTER_INCHES = 0.085
+
+
+class CannotWrite(OSError):
+    """A picture or page cannot be written; ``filename`` is the one that was asked for."""
 
 
 @contextmanager
 def page(file: Path, width: float, height: float) -> Iterator[Figure]:
     """A figure of so many inches, drawn on in the theme and then written as a PNG in one go."""
-    with matplotlib.style.context(["default", _THEME]), warnings.catch_warnings():
-        # The font has no Chinese; the rest of the picture is right.
+    theme = _THEME | {"font.family": names.fonts("sans-serif")}
+    with matplotlib.style.context(["default", theme]), warnings.catch_warnings():
+        # Where no font has a letter, the name's number stands before it.
         warnings.filterwarnings("ignore", message="Glyph")
         figure = Figure((width, height), DOTS_PER_INCH, layout="constrained")
         yield figure
@@ -60,16 +68,27 @@ def write(file: Path, content: bytes) -> None:
     """Replaces a file in one go, so that who looks at it meets the old or the new one."""
     temporary = file.with_name(f".tmp_{file.name}.{os.getpid()}")
     try:
-        temporary.write_bytes(content)
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
+        try:
+            temporary.write_bytes(content)
+            os.replace(temporary, file)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise CannotWrite(error.errno, error.strerror, str(file)) from error
 
 
-def shorten(name: object, length: int = _NAME_LENGTH) -> str:
-    """A name of one line that fits beside an axis."""
-    name = " ".join(str(name).split())
-    return name if len(name) <= length else name[: length - 1] + "…"
+def reason(error: Exception) -> str:
+    """Why something is left out, in one line."""
+    if isinstance(error, OSError) and error.filename:
+        done = "written" if isinstance(error, CannotWrite) else "read"
+        return f"{error.filename} cannot be {done}: {error.strerror}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def head(figure: Figure, title: str) -> None:
+    """The title of a page, in as many lines as it needs."""
+    width = int(figure.get_figwidth() / _TITLE_LETTER_INCHES)
+    figure.suptitle("\n".join(textwrap.wrap(title, width)))
 
 
 def inked_shades() -> LinearSegmentedColormap:
@@ -94,8 +113,8 @@ def spans_decades(*values: np.ndarray, ratio: float = 30) -> bool:
 
 
 def name_ticks(
-    set_ticks: Callable[..., object], names: list[str], most: int, **style: object
+    set_ticks: Callable[..., object], texts: list[str], most: int, **style: object
 ) -> None:
     """Ticks 0, 1, ... with their names; of too many only every so many-th."""
-    every = -(-len(names) // most)
-    set_ticks(range(0, len(names), every), [shorten(name) for name in names[::every]], **style)
+    every = -(-len(texts) // most)
+    set_ticks(range(0, len(texts), every), texts[::every], **style)

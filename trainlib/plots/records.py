@@ -38,7 +38,7 @@ def read_config(run: Path) -> dict[str, Any]:
     except OSError as error:
         raise NotARun(f"{run}: a run folder holds config.yaml, which cannot be read "
                       f"({error.strerror}); give the folder that --run_dir named") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise NotARun(f"{run}: config.yaml is not valid YAML "
                       f"({' '.join(str(error).split())}); restore it from best/") from error
     if not isinstance(config, dict):
@@ -51,9 +51,20 @@ def read_json(file: Path) -> dict[str, Any]:
     """A file of JSON, or nothing where it is missing or damaged."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def finite(value: Any) -> float:
+    """A logged value as a number; NaN where it is none, or one without end."""
+    if not isinstance(value, int | float):
+        return math.nan
+    try:
+        number = float(value)
+    except OverflowError:  # an integer of hundreds of digits
+        return math.nan
+    return number if math.isfinite(number) else math.nan
 
 
 def lower_is_better(key: str) -> bool:
@@ -166,16 +177,14 @@ def read_curves(run: Path) -> Curves:
     half_life_steps = max(_last_step(file) * HALF_LIFE_SHARE, 1e-9)
     smoothers: dict[str, Smoother] = {}
     for record in read_records(file):
-        step, epoch = record.pop("step"), record.pop("epoch", None)
+        step, epoch = record.pop("step"), finite(record.pop("epoch", None))
         curves.last_step = max(curves.last_step, step)
-        if step > 0 and isinstance(epoch, int | float):
+        if step > 0 and epoch >= 0:
             curves.epochs_per_step = epoch / step
         for key, value in record.items():
             if key.startswith(_LEFT_OUT):
                 continue
-            # Written null where it was not finite.
-            is_number = isinstance(value, int | float) and math.isfinite(value)
-            value = float(value) if is_number else math.nan
+            value = finite(value)  # written null where it was not
             if key not in curves.lines:
                 curves.lines[key] = Line()
                 if key.startswith("train/") and key != "train/lr":
@@ -202,9 +211,9 @@ def read_records(file: Path) -> Iterator[dict[str, Any]]:
 def _record(line: bytes) -> dict[str, Any] | None:
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    is_whole = isinstance(record, dict) and isinstance(record.get("step"), int | float)
+    is_whole = isinstance(record, dict) and math.isfinite(finite(record.get("step")))
     return record if is_whole else None
 
 

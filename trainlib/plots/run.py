@@ -5,9 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import math
-import re
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,15 @@ import numpy as np
 from trainlib.plots import paper
 from trainlib.plots.classes import draw_confusion, draw_labels
 from trainlib.plots.curves import draw_curves, kinds
+from trainlib.plots.names import of_files, shorten
 from trainlib.plots.numbers import draw_positions, draw_regression
-from trainlib.plots.records import read_config, read_curves, read_json
+from trainlib.plots.records import finite, read_config, read_curves, read_json
 from trainlib.plots.report import write_report
 
 _POSITIONS = "loss_by_position.csv"
+_EVALUATION = "best/evaluation.json"
+_SOURCES = {"regression": "predictions.csv", "language_modeling": _POSITIONS}
+_NAME_LENGTH, _TASK_LENGTH = 60, 40  # letters, in a title
 
 
 def draw_run(run: Path, say: Callable[[str], object] = print) -> list[Path]:
@@ -28,46 +32,79 @@ def draw_run(run: Path, say: Callable[[str], object] = print) -> list[Path]:
     report that shows all of it.
 
     Args:
-        say: is told what there is too little of to be drawn.
+        say: is told what is left out and why: nothing to draw, or a damaged file.
 
     Returns:
         The files that were written.
 
     Raises:
         NotARun: the folder holds no run.
+        CannotWrite: it takes no file.
     """
     run = Path(run)
-    return [*_draw_pictures(run, say), write_report(run)]
+    config, work = read_config(run), _Work(run, say)
+    _draw_pictures(run, config, work)
+    with work.on(run / "report.html"):
+        work.written.append(write_report(run, say))
+    if not work.written and work.refusal is not None:
+        raise work.refusal
+    return work.written
 
 
-def _draw_pictures(run: Path, say: Callable[[str], object]) -> list[Path]:
-    config, name, written = read_config(run), run.resolve().name, []
-    curves = read_curves(run)
-    if curves.lines:
-        draw_curves(run / "curves.png", name, config, curves)
-        written.append(run / "curves.png")
-    else:
-        say(f"{run}: no records in metrics.jsonl, so no curves.png")
+class _Work:
+    """Files of a run folder, each made or left out by itself: no damage costs more than it must."""
+
+    def __init__(self, run: Path, say: Callable[[str], object]):
+        self.run, self.say = run, say
+        self.written: list[Path] = []
+        self.refusal: paper.CannotWrite | None = None
+
+    @contextmanager
+    def on(self, file: Path | str, source: str = "") -> Iterator[None]:
+        """Says in one line why a file, made of another, is left out, and goes on."""
+        try:
+            yield
+        except Exception as error:
+            of = f"made of {source}; " if source else ""
+            self.say(f"{self.run / file}: left out ({of}{paper.reason(error)})")
+            if isinstance(error, paper.CannotWrite):
+                self.refusal = self.refusal or error
+
+
+def _draw_pictures(run: Path, config: dict[str, Any], work: _Work) -> None:
+    name = shorten(run.resolve().name, _NAME_LENGTH)
+    file = run / "curves.png"
+    with work.on(file, "metrics.jsonl"):
+        curves = read_curves(run)
+        if not curves.lines:
+            work.say(f"{run}: no records in metrics.jsonl, so no curves.png")
+        elif draw_curves(file, name, config, curves):
+            work.written.append(file)
+        else:
+            work.say(f"{run}: no key of metrics.jsonl is known here, so no curves.png")
     evaluation = read_json(run / "best" / "evaluation.json")
     labels = read_json(run / "best" / "labels.json")
     tasks = {task: kind for task, kind in kinds(config).items()
              if isinstance(evaluation.get(task), dict)}
     if not tasks:
-        say(f"{run}: no best/evaluation.json, so nothing by class")
-        return written
+        work.say(f"{run}: no best/evaluation.json, so nothing by class")
+        return
+    parts, rows = of_files(kinds(config)), []
     for task, kind in tasks.items():
-        several = len(kinds(config)) > 1
-        file = run / (f"confusion_matrix_{_plain(task)}.png" if several else "confusion_matrix.png")
-        names = class_names(labels.get(task), evaluation[task])
-        title = f"{name}: {task}, validation, best weights"
-        if _draw_task(run, file, title, task, kind, evaluation[task], names):
-            written.append(file)
-    rows = per_class(config, labels, evaluation)
+        file = run / (f"confusion_matrix_{parts[task]}.png" if len(parts) > 1 else
+                      "confusion_matrix.png")
+        title = f"{name}: {shorten(task, _TASK_LENGTH)}, validation, best weights"
+        with work.on(file, _SOURCES.get(kind, _EVALUATION)):
+            names = class_names(labels.get(task), evaluation[task])
+            if _draw_task(run, file, title, task, kind, evaluation[task], names):
+                work.written.append(file)
+        with work.on(f"per_class.csv, task {shorten(task, _TASK_LENGTH)}", _EVALUATION):
+            rows += per_class(task, config, labels.get(task), evaluation[task])
     if rows:
         file = run / "per_class.csv"
-        paper.write(file, _as_csv(rows).encode())
-        written.append(file)
-    return written
+        with work.on(file):
+            paper.write(file, _as_csv(rows).encode(errors="backslashreplace"))
+            work.written.append(file)
 
 
 def _draw_task(
@@ -78,9 +115,13 @@ def _draw_task(
     if kind in ("classification", "segmentation") and result.get("confusion"):
         counts = np.array(result["confusion"], dtype=np.int64)
         is_image = kind == "segmentation"
-        title += (f", mean IoU {result['miou']:.4f}, pixel accuracy "
-                  f"{result['pixel_accuracy']:.4f}" if is_image else
-                  f", accuracy {result['accuracy']:.4f}")
+        for key, said in (("miou", "mean IoU"), ("pixel_accuracy", "pixel accuracy"),
+                          ("accuracy", "accuracy")):
+            if not math.isnan(finite(result.get(key))):
+                title += f", {said} {result[key]:.4f}"
+        if counts.shape != (len(names), len(names)):
+            raise ValueError(f"best/evaluation.json has {len(names)} classes and a confusion "
+                             f"matrix of shape {list(counts.shape)}")
         ious = [entry["iou"] for entry in result["classes"]] if is_image else None
         draw_confusion(file, title, counts, names, "pixels" if is_image else "samples", ious)
         return True
@@ -110,23 +151,23 @@ def class_names(labels: Any, result: dict[str, Any]) -> list[str]:
 
 
 def per_class(
-    config: dict[str, Any], labels: dict[str, Any], evaluation: dict[str, Any]
+    task: str, config: dict[str, Any], labels: Any, result: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """A row for each class, label or column of each task, with what its kind knows of it."""
-    rows = []
-    for task, kind in kinds(config).items():
-        result = evaluation.get(task)
-        if not isinstance(result, dict):
-            continue
-        entries = result.get("classes") or result.get("columns") or []
-        thresholds = config["tasks"][task].get("thresholds") if kind == "multilabel" else None
-        if not isinstance(thresholds, list):
-            thresholds = [thresholds] * len(entries)
-        for name, threshold, entry in zip(
-            class_names(labels.get(task), result), thresholds, entries, strict=False
-        ):
-            row = {"task": task, "class": name} | entry
-            rows.append(row if threshold is None else row | {"threshold": threshold})
+    """A row for each class, label or column of a task, with what its kind knows of it.
+
+    Args:
+        labels: the task's in ``labels.json``.
+    """
+    rows, entries = [], result.get("classes") or result.get("columns") or []
+    options = {str(name): options for name, options in config["tasks"].items()}[task]
+    thresholds = options.get("thresholds") if options.get("kind") == "multilabel" else None
+    if not isinstance(thresholds, list):
+        thresholds = [thresholds] * len(entries)
+    for name, threshold, entry in zip(
+        class_names(labels, result), thresholds, entries, strict=True
+    ):
+        row = {"task": task, "class": name} | entry
+        rows.append(row if threshold is None else row | {"threshold": threshold})
     return rows
 
 
@@ -165,8 +206,3 @@ def _number(text: str | None) -> float:
         return float(text or "nan")
     except ValueError:
         return math.nan
-
-
-def _plain(name: str) -> str:
-    """A task's name as part of a file's."""
-    return re.sub(r"[^\w.-]", "_", name)
