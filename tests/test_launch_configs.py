@@ -64,7 +64,7 @@ def start(config: str, run: Path, *flags: str, **environment: str) -> subprocess
     clean = {k: v for k, v in os.environ.items() if not k.startswith("ACCELERATE_")}
     return subprocess.Popen(
         [*ACCELERATE, "--config_file", f"accelerate_configs/{config}.yaml", *flags, "train.py",
-         *QUICK, "--run_dir", str(run), "--log.trackers", "[]", "--log.pictures", "false"],
+         *QUICK, "--run_dir", str(run), "--log.trackers", "[]", "--log.report", "false"],
         cwd=ROOT, env=clean | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         text=True,
     )

@@ -23,7 +23,7 @@ from trainlib.runtime import RunFolder
 from trainlib.runtime.restarts import NotRestarted
 
 LENGTH = ["--loop.duration", "60 steps", "--log.every", "1", "--checkpoint.every", "11 steps"]
-QUIET = ["--log.trackers", "[]", "--log.pictures", "false"]
+QUIET = ["--log.trackers", "[]", "--log.report", "false"]
 
 
 def free_port() -> int:

@@ -112,7 +112,7 @@ def test_a_job_that_runs_out_of_time_is_queued_again_and_goes_on_to_the_same_bit
     job = submit(
         cluster | {"ACCELERATE_USE_CPU": "true", "SCRIPT": str(tmp_path / "paused.py"),
                    "CONFIG": "accelerate_configs/cpu_multi.yaml"},
-        nodes, gpus, *LENGTH, "--log.trackers", "[]", "--log.pictures", "false",
+        nodes, gpus, *LENGTH, "--log.trackers", "[]", "--log.report", "false",
     )
     run = tmp_path / "run"
     wait_for(lambda: (run / "metrics.jsonl").exists())
