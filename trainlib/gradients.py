@@ -12,6 +12,7 @@ import torch.distributed
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from trainlib import shards
 from trainlib.metrics import sum_dtype
 
 _NO_CONTEXT = nullcontext()
@@ -29,16 +30,20 @@ class StepSums:
         accelerator: Accelerator,
         model: nn.Module,
         sizes: dict[str, int],
-        exact: bool,
+        exact: bool | None,
         micro_steps: int,
     ):
         """
         Args:
             model: as prepared; its trainable parameters are taken now.
             sizes: length of each named part.
-            exact: sum gradients here; otherwise DDP averages them in fp32.
+            exact: sum gradients here; otherwise DDP or FSDP2 averages them in fp32. None: on a
+                CPU, unless the model is sharded.
             micro_steps: micro-batches a step on each process.
         """
+        self.is_sharded = shards.is_sharded(model)
+        if exact is None:
+            exact = accelerator.device.type == "cpu" and not self.is_sharded
         self.accelerator, self.model = accelerator, model
         self.world_size = accelerator.num_processes
         self.parameters = [p for p in model.parameters() if p.requires_grad]
@@ -70,13 +75,16 @@ class StepSums:
         self._has_all = False
 
     def no_sync(self, is_last: bool) -> AbstractContextManager:
-        """Keeps DDP from reducing: always for the exact sum, else on all but the last backward."""
+        """Keeps DDP from reducing: always for the exact sum, else on all but the last backward, as
+        FSDP2 is kept."""
+        if self.is_sharded:  # on one process, too, where it has to write the parts
+            return _NO_CONTEXT if is_last else shards.unsynced(self.model)
         if self.world_size == 1 or (is_last and self.reduces_elsewhere):
             return _NO_CONTEXT
         return self.accelerator.no_sync(self.model)
 
     def scaled(self, loss: Tensor, is_real: bool) -> Tensor:
-        """The loss to go backward from: DDP averages over processes, this undoes it.
+        """The loss to go backward from: DDP and FSDP2 average over processes, this undoes it.
 
         A repeated micro-batch counts for nothing. Should its gradient be NaN, 0 * NaN stays NaN;
         but then the process that owns it has the same NaN, and the step is skipped in any case.
