@@ -116,7 +116,7 @@ def train_student(options: StudentOptions, folder: runtime.RunFolder) -> None:
         distill, options.data.tokenizer, module, dataset, task_list, models
     )
     features = distillation.FeatureLosses(module, teacher_list, distill, options.seed, example)
-    notes.append(sharding.place(module, accelerator))
+    notes += sharding.place(module, accelerator, options.model.sync_batch_norm)
     optimizer = optim.build_optimizer(options.optim, module)
     teachers = distillation.Teachers(teacher_list, task_list, distill, accelerator)
     soft_losses = {task.name: distillation.SoftLoss(task, distill) for task in teachers.tasks}
@@ -188,7 +188,9 @@ def train_student(options: StudentOptions, folder: runtime.RunFolder) -> None:
         teachers.stored.fill(accelerator.process_index, world_size, run_log.say)
     sizes = {"loss": len(loss_parts), "batch_norm": batch_statistics.size,
              "requests": runtime.Requests.NUM}
-    sums = StepSums(accelerator, model, sizes, batch.exact_sum, len(assignments))
+    sums = StepSums(
+        accelerator, model, sizes, batch.exact_sum, len(assignments), run_log.say
+    )
     guard = Guard(
         optimizer, device, scaler,
         run_dir / "bad_steps.jsonl" if accelerator.is_main_process else None,

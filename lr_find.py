@@ -103,7 +103,7 @@ def main(arguments: list[str]) -> None:
     smallest = batch.global_size % batch.micro_size or batch.micro_size
     some_targets = {name: target[:smallest] for name, target in example_targets.items()}
     try_model(module, example[:smallest], some_targets, task_list)
-    sharding.place(module, accelerator)
+    sharding.place(module, accelerator, options.model.sync_batch_norm)
     optimizer = optim.build_optimizer(options.optim, module)
 
     # ---- the parts of a step ----

@@ -97,7 +97,7 @@ def main(arguments: list[str]) -> None:
     smallest = batch.global_size % batch.micro_size or batch.micro_size
     some_targets = {name: target[:smallest] for name, target in example_targets.items()}
     try_model(module, example[:smallest], some_targets, task_list)
-    notes.append(sharding.place(module, accelerator))
+    notes += sharding.place(module, accelerator, options.model.sync_batch_norm)
     optimizer = optim.build_optimizer(options.optim, module)
 
     # ---- run folder: nothing is written before everything above has been accepted ----
@@ -157,7 +157,9 @@ def main(arguments: list[str]) -> None:
     )
     sizes = {"loss": len(task_list), "batch_norm": batch_statistics.size,
              "requests": runtime.Requests.NUM}
-    sums = StepSums(accelerator, model, sizes, batch.exact_sum, len(assignments))
+    sums = StepSums(
+        accelerator, model, sizes, batch.exact_sum, len(assignments), run_log.say
+    )
     guard = Guard(
         optimizer, device, scaler,
         run_dir / "bad_steps.jsonl" if accelerator.is_main_process else None,

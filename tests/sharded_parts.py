@@ -50,7 +50,7 @@ def train(model, optimizer, accelerator, seeds=range(4), found_inf=None) -> None
 def built(name, accelerator, is_sharded):
     model = small_net()
     if is_sharded:
-        sharding.place(model, accelerator)
+        sharding.place(model, accelerator, False)
     weight_decay = 0.01 if "weight_decay" in _arguments_of(OPTIMIZERS[name])[0] else 0
     return model, build_optimizer(
         OptimOptions(name=name, lr=1e-2, weight_decay=weight_decay), model
@@ -118,7 +118,7 @@ def all_start_from_the_main_process(accelerator) -> None:
     torch.manual_seed(accelerator.process_index)
     model = nn.Sequential(nn.Linear(7, 5), nn.BatchNorm1d(5))
     model[1].running_mean.uniform_()
-    sharding.place(model, accelerator)
+    sharding.place(model, accelerator, False)
     torch.manual_seed(0)
     mains = nn.Linear(7, 5).weight
     assert shards.gathered(model_tensors(model), True)["0.weight"].equal(mains)
@@ -130,7 +130,7 @@ def all_start_from_the_main_process(accelerator) -> None:
 
 def what_a_model_gives_besides_logits_leaves_no_hooks(accelerator) -> None:
     model = GPT(11, depth=2, width=8, heads=2)
-    sharding.place(model, accelerator)
+    sharding.place(model, accelerator, False)
     for _ in range(3):
         output = model(torch.arange(6).view(2, 3), hidden_only=True)
         nn.functional.linear(output["hidden"], output["head"]).sum().backward()

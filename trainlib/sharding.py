@@ -29,21 +29,28 @@ from trainlib import shards
 from trainlib.config import UserError, nearest
 
 
-def place(module: nn.Module, accelerator: Accelerator) -> str | None:
+def place(module: nn.Module, accelerator: Accelerator, sync_batch_norm: bool) -> list[str]:
     """Puts a module on its device: whole, or cut by FSDP2 if the accelerate config says so.
 
     Args:
         module: on the CPU; every process has the same.
+        sync_batch_norm: let its BatchNorms share the statistics of all processes.
 
     Returns:
-        A line for the log about how it is cut.
+        Lines for the log.
 
     Raises:
-        UserError: a setting of FSDP that is not for this model or not for these scripts.
+        UserError: a setting of FSDP that is not for this model or not for these scripts, or
+            BatchNorms that cannot share.
     """
+    notes = _sync_batch_norm(module, accelerator) if sync_batch_norm else []
     if not shards.is_asked():
         module.to(accelerator.device)
-        return None
+        return notes
+    return [*notes, _cut(module, accelerator)]
+
+
+def _cut(module: nn.Module, accelerator: Accelerator) -> str:
     from accelerate import FullyShardedDataParallelPlugin
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
@@ -104,6 +111,25 @@ def place(module: nn.Module, accelerator: Accelerator) -> str | None:
     ) if is_on]
     return (f"FSDP2 over {accelerator.num_processes} processes: {units}, and the rest; {here:,} of "
             f"{num_parameters:,} parameters here{''.join(f', {text}' for text in extras)}")
+
+
+def _sync_batch_norm(module: nn.Module, accelerator: Accelerator) -> list[str]:
+    found = [part for part in module.modules() if isinstance(part, _BatchNorm)]
+    if not found:
+        raise UserError("model.sync_batch_norm: the net has no BatchNorm; leave it out")
+    if accelerator.num_processes == 1:
+        return []  # it has all statistics already
+    if accelerator.device.type != "cuda":
+        raise UserError("model.sync_batch_norm: torch synchronises BatchNorm on GPUs only; leave "
+                        "it out, or raise batch.micro_size")
+    for part in found:
+        if type(part) not in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
+            raise UserError(f"model.sync_batch_norm: {type(part).__name__} does more than torch's "
+                            "BatchNorm, which would be lost; leave the option out")
+        # As torch's own conversion, but in place, so that hooks stay.
+        part.__class__, part.process_group = nn.SyncBatchNorm, None
+    return [f"{len(found)} BatchNorms share their statistics over {accelerator.num_processes} "
+            "processes: the curve depends on that number"]
 
 
 def prepare(
