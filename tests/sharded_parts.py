@@ -138,14 +138,47 @@ def what_a_model_gives_besides_logits_leaves_no_hooks(accelerator) -> None:
         assert all(p.grad is not None for p in model.parameters())
 
 
+def bf16_is_for_computing_only(accelerator) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Sequential(nn.Linear(16, 8), nn.BatchNorm1d(8)),
+                          nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)), nn.Linear(8, 3))
+    sharding.place(model, accelerator, False)
+    seen = []
+
+    def look(part, args):
+        seen.append((isinstance(part, nn.BatchNorm1d), part.weight.dtype))
+
+    for part in model.modules():
+        if isinstance(part, nn.Linear | nn.BatchNorm1d):
+            part.register_forward_pre_hook(look)
+    torch.manual_seed(accelerator.process_index)
+    output = model(torch.randn(6, 16))
+    assert output.dtype == torch.float32
+    output.square().sum().backward()
+    assert len(seen) == 5
+    assert all(weight == (torch.float32 if is_norm else torch.bfloat16) for is_norm, weight in seen)
+    for parameter in model.parameters():
+        assert parameter.dtype == parameter.grad.dtype == torch.float32
+    # The mean over processes of numbers of 8 bits needs more of them, and has them.
+    gradient = shards.whole(model[0][0].weight.grad)
+    assert not gradient.bfloat16().float().equal(gradient)
+
+
 def main() -> None:
     accelerator = runtime.make_accelerator(False, 1)
+    if accelerator.mixed_precision == "bf16":
+        bf16_is_for_computing_only(accelerator)
+        return finish()
     torch.Tensor.bfloat16 = torch.Tensor.float  # Muon's, whose rounding would hide its mistakes
     every_optimizer_steps_as_on_whole_parameters(accelerator)
     states_are_torchs_own_and_go_into_whole_and_cut_models(accelerator)
     a_device_flag_skips_a_fused_step(accelerator)
     all_start_from_the_main_process(accelerator)
     what_a_model_gives_besides_logits_leaves_no_hooks(accelerator)
+    finish()
+
+
+def finish() -> None:
     print("all holds")
     sys.stdout.flush()
     torch.distributed.barrier()

@@ -117,6 +117,8 @@ def test_repeated_micro_batches_batch_norm_frozen_layers_and_few_batches_to_eval
 
 def test_bf16_computes_in_bf16_and_keeps_and_sums_in_fp32(tmp_path):
     bf16 = {"ACCELERATE_MIXED_PRECISION": "bf16"}
+    result = fork([], 2, "tests/sharded_parts.py", **FSDP2, **bf16)
+    assert result.stdout.count("all holds") == 2, result.stderr
     plain = run(tmp_path / "plain", 20, *RESNET_JOB, **bf16)
     cut = run(tmp_path / "cut", 20, *RESNET_JOB, processes=2, **FSDP2, **bf16)
     fp32 = run(tmp_path / "fp32", 20, *RESNET_JOB)
