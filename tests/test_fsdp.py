@@ -2,7 +2,8 @@
 
 Accelerate passes its FSDP settings over on CPUs; ``trainlib.sharding`` does not. So the processes
 here are given the variables that ``accelerate launch`` makes of a config with ``fsdp_version: 2``,
-and run what GPUs run, over gloo; one test launches such a config itself.
+and run what GPUs run, over gloo; one test launches such a config itself, and one has an Accelerator
+that believes in FSDP2, as on GPUs.
 """
 
 import json
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from launching import ROOT, load, losses, records, weights
+from launching import ROOT, assert_same_run, load, losses, records, weights
 from safetensors.torch import load_file
 from torch import nn
 from warm import fork
@@ -257,6 +258,13 @@ def test_an_accelerate_config_switches_it_on(tmp_path):
     )
     assert "FSDP2 over 2 processes: 3 x BasicBlock" in result.stdout, result.stderr
     assert json.loads((tmp_path / "run/exit.json").read_text())["code"] == 0
+
+
+def test_an_accelerator_that_knows_of_it_changes_no_bit(tmp_path):
+    flags = [*MLP_JOB, "--optim.ema_half_life", "5 steps"]
+    here, there = (run(tmp_path / Path(script).stem, 10, *flags, processes=2, script=script,
+                       **FSDP2) for script in ("train.py", "tests/as_on_gpus.py"))
+    assert_same_run(here, there)
 
 
 REFUSED = {
