@@ -16,7 +16,7 @@ from functools import partial
 import torch
 from pydantic import Field
 
-from trainlib import data, distillation, models, optim, plan, predictions, runtime, tasks
+from trainlib import data, distillation, models, optim, plan, predictions, runtime, sharding, tasks
 from trainlib.batchnorm import BatchStatistics
 from trainlib.checkpoint import CheckpointOptions, Checkpoints, undone
 from trainlib.config import Options, read, recipe_name, to_yaml
@@ -32,6 +32,7 @@ from trainlib.optim import OptimOptions, ScheduleOptions
 from trainlib.progress import LoopOptions, Progress, check_monitor, plan_steps
 from trainlib.runlog import LogOptions, RunLog
 from trainlib.schedule import duration_steps, is_time, lr_multiplier
+from trainlib.shards import whole
 from trainlib.tasks import TaskOptions
 from trainlib.trackers import Trackers
 
@@ -115,7 +116,7 @@ def train_student(options: StudentOptions, folder: runtime.RunFolder) -> None:
         distill, options.data.tokenizer, module, dataset, task_list, models
     )
     features = distillation.FeatureLosses(module, teacher_list, distill, options.seed, example)
-    module.to(device)
+    notes += sharding.place(module, accelerator, options.model.sync_batch_norm)
     optimizer = optim.build_optimizer(options.optim, module)
     teachers = distillation.Teachers(teacher_list, task_list, distill, accelerator)
     soft_losses = {task.name: distillation.SoftLoss(task, distill) for task in teachers.tasks}
@@ -158,12 +159,10 @@ def train_student(options: StudentOptions, folder: runtime.RunFolder) -> None:
 
     # ---- the parts of a step ----
     num_micro_batches = plan.num_micro_batches(batch.global_size, batch.micro_size)
-    model, prepared = accelerator.prepare(module, optimizer)
-    module = accelerator.unwrap_model(model, keep_torch_compile=False)
+    model, module, optimizer = sharding.prepare(accelerator, module, optimizer)
     # After prepare, which puts other buffers into the module.
     ema = Ema(module, half_life_steps) if half_life_steps else None
     averaged = ema.applied if ema else nullcontext
-    optimizer = prepared.optimizer  # the wrapper costs a fifth of a small step and hides the scaler
     scaler = accelerator.scaler
     start.restore(accelerator, module, optimizer, ema)
     teachers.follow(ema)
@@ -187,10 +186,11 @@ def train_student(options: StudentOptions, folder: runtime.RunFolder) -> None:
     )
     if teachers.stored is not None:
         teachers.stored.fill(accelerator.process_index, world_size, run_log.say)
-    exact_sum = batch.exact_sum if batch.exact_sum is not None else device.type == "cpu"
     sizes = {"loss": len(loss_parts), "batch_norm": batch_statistics.size,
              "requests": runtime.Requests.NUM}
-    sums = StepSums(accelerator, model, sizes, exact_sum, len(assignments))
+    sums = StepSums(
+        accelerator, model, sizes, batch.exact_sum, len(assignments), run_log.say
+    )
     guard = Guard(
         optimizer, device, scaler,
         run_dir / "bad_steps.jsonl" if accelerator.is_main_process else None,
@@ -273,7 +273,7 @@ def train_student(options: StudentOptions, folder: runtime.RunFolder) -> None:
             batch_statistics.add_to(sums["batch_norm"], micro_batch.is_real)
         requests.add_to(sums["requests"])
         sums.reduce()
-        grad_norm = accelerator.clip_grad_norm_(parameters, max_grad_norm)
+        grad_norm = whole(accelerator.clip_grad_norm_(parameters, max_grad_norm))
         if max_grad_value is not None:
             torch.nn.utils.clip_grad_value_(parameters, max_grad_value)
         # For optimizers that draw: one key on all processes, of a micro-batch that is not there.

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from pydantic import Field
 
-from trainlib import data, lr_suggestion, lr_sweep, models, optim, plan, runtime, tasks
+from trainlib import data, lr_suggestion, lr_sweep, models, optim, plan, runtime, sharding, tasks
 from trainlib.batchnorm import BatchStatistics
 from trainlib.checkpoint import CheckpointOptions, undone
 from trainlib.config import Options, UserError, read, recipe_name
@@ -30,6 +30,7 @@ from trainlib.optim import OptimOptions, ScheduleOptions
 from trainlib.progress import LoopOptions, plan_steps
 from trainlib.runlog import LogOptions
 from trainlib.schedule import duration_steps, lr_multiplier
+from trainlib.shards import load_whole, whole
 from trainlib.tasks import TaskOptions
 
 
@@ -102,14 +103,12 @@ def main(arguments: list[str]) -> None:
     smallest = batch.global_size % batch.micro_size or batch.micro_size
     some_targets = {name: target[:smallest] for name, target in example_targets.items()}
     try_model(module, example[:smallest], some_targets, task_list)
-    module.to(device)
+    sharding.place(module, accelerator, options.model.sync_batch_norm)
     optimizer = optim.build_optimizer(options.optim, module)
 
     # ---- the parts of a step ----
     num_micro_batches = plan.num_micro_batches(batch.global_size, batch.micro_size)
-    model, prepared = accelerator.prepare(module, optimizer)
-    module = accelerator.unwrap_model(model, keep_torch_compile=False)
-    optimizer = prepared.optimizer
+    model, module, optimizer = sharding.prepare(accelerator, module, optimizer)
     scaler = accelerator.scaler
     batch_statistics = BatchStatistics(module, num_micro_batches)
     if options.model.compile:
@@ -122,12 +121,11 @@ def main(arguments: list[str]) -> None:
         batch.global_size, batch.micro_size, accelerator.process_index, world_size
     )
     items = {task.name: task.items(dataset.train.num_valid[task.name]) for task in task_list}
-    exact_sum = batch.exact_sum if batch.exact_sum is not None else device.type == "cpu"
     sums = StepSums(
         accelerator, model,
         {"loss": len(task_list), "batch_norm": batch_statistics.size,
          "requests": runtime.Requests.NUM},
-        exact_sum, len(assignments),
+        batch.exact_sum, len(assignments),
     )
     validation = data.EvalReader(
         dataset.validation, batch.eval_size, accelerator.process_index, world_size, device
@@ -164,7 +162,7 @@ def main(arguments: list[str]) -> None:
             batch_statistics.add_to(sums["batch_norm"], micro_batch.is_real)
         requests.add_to(sums["requests"])
         sums.reduce()
-        grad_norm = accelerator.clip_grad_norm_(parameters, max_grad_norm)
+        grad_norm = whole(accelerator.clip_grad_norm_(parameters, max_grad_norm))
         if max_grad_value is not None:
             torch.nn.utils.clip_grad_value_(parameters, max_grad_value)
         # For optimizers that draw: one key on all processes, of a micro-batch that is not there.
@@ -205,7 +203,7 @@ def main(arguments: list[str]) -> None:
         reader = data.Reader(dataset.train, batch_plan, assignments, device, items)
         with undone(module, optimizer, batch_statistics, ema, scaler):
             if seed != first_seed:
-                module.load_state_dict(build_module(seed).state_dict())
+                load_whole(module, build_module(seed).state_dict())
             runs.insert(0, swept(loss_at, rates, lr_sweep.StopRule(len(rates))))
     _, suggestion = lr_suggestion.combine(runs)
     verified = {}

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from pydantic import Field
 
-from trainlib import data, models, optim, plan, predictions, preflight, runtime, tasks
+from trainlib import data, models, optim, plan, predictions, preflight, runtime, sharding, tasks
 from trainlib.batchnorm import BatchStatistics
 from trainlib.checkpoint import CheckpointOptions, Checkpoints, undone
 from trainlib.config import Options, read, recipe_name, to_yaml
@@ -33,6 +33,7 @@ from trainlib.optim import OptimOptions, ScheduleOptions
 from trainlib.progress import LoopOptions, Progress, check_monitor, plan_steps
 from trainlib.runlog import LogOptions, RunLog
 from trainlib.schedule import is_time, lr_multiplier
+from trainlib.shards import whole
 from trainlib.tasks import TaskOptions
 from trainlib.trackers import Trackers
 
@@ -98,7 +99,7 @@ def main(arguments: list[str]) -> None:
     smallest = batch.global_size % batch.micro_size or batch.micro_size
     some_targets = {name: target[:smallest] for name, target in example_targets.items()}
     try_model(module, example[:smallest], some_targets, task_list)
-    module.to(device)
+    notes += sharding.place(module, accelerator, options.model.sync_batch_norm)
     optimizer = optim.build_optimizer(options.optim, module)
     preflight.stop_if_dry_run(options, accelerator, folder.path, module, optimizer, total_steps)
 
@@ -134,12 +135,10 @@ def main(arguments: list[str]) -> None:
 
     # ---- the parts of a step ----
     num_micro_batches = plan.num_micro_batches(batch.global_size, batch.micro_size)
-    model, prepared = accelerator.prepare(module, optimizer)
-    module = accelerator.unwrap_model(model, keep_torch_compile=False)
+    model, module, optimizer = sharding.prepare(accelerator, module, optimizer)
     # After prepare, which puts other buffers into the module.
     ema = Ema(module, half_life_steps) if half_life_steps else None
     averaged = ema.applied if ema else nullcontext
-    optimizer = prepared.optimizer  # the wrapper costs a fifth of a small step and hides the scaler
     scaler = accelerator.scaler
     start.restore(accelerator, module, optimizer, ema)
     batch_statistics = BatchStatistics(module, num_micro_batches)
@@ -159,10 +158,11 @@ def main(arguments: list[str]) -> None:
     validation = data.EvalReader(
         dataset.validation, batch.eval_size, accelerator.process_index, world_size, device
     )
-    exact_sum = batch.exact_sum if batch.exact_sum is not None else device.type == "cpu"
     sizes = {"loss": len(task_list), "batch_norm": batch_statistics.size,
              "requests": runtime.Requests.NUM}
-    sums = StepSums(accelerator, model, sizes, exact_sum, len(assignments))
+    sums = StepSums(
+        accelerator, model, sizes, batch.exact_sum, len(assignments), run_log.say
+    )
     guard = Guard(
         optimizer, device, scaler,
         run_dir / "bad_steps.jsonl" if accelerator.is_main_process else None,
@@ -210,7 +210,7 @@ def main(arguments: list[str]) -> None:
             batch_statistics.add_to(sums["batch_norm"], micro_batch.is_real)
         requests.add_to(sums["requests"])
         sums.reduce()
-        grad_norm = accelerator.clip_grad_norm_(parameters, max_grad_norm)
+        grad_norm = whole(accelerator.clip_grad_norm_(parameters, max_grad_norm))
         if max_grad_value is not None:
             torch.nn.utils.clip_grad_value_(parameters, max_grad_value)
         # For optimizers that draw: one key on all processes, of a micro-batch that is not there.

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LEVEL_0 = {
     "config", "plan", "schedule", "losses", "metrics", "augment", "muon", "user_code", "agreement",
     "durable", "credentials", "lr_sweep", "lr_suggestion", "plots", "kd_losses", "terminal",
+    "shards",
 }
 SCRIPTS = {
     "train.py": (TrainOptions, 300), "distill.py": (StudentOptions, 370),

@@ -159,7 +159,7 @@ def test_bad_input_is_refused_before_anything_is_written(tmp_path, monkeypatch, 
 @pytest.mark.parametrize("environment, message", [
     ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "unset it"),
     ({"ACCELERATE_USE_DEEPSPEED": "true"}, "FSDP2"),
-    ({"ACCELERATE_USE_FSDP": "true"}, "not supported yet"),
+    ({"ACCELERATE_USE_FSDP": "true"}, "set fsdp_version: 2"),
     ({"ACCELERATE_MIXED_PRECISION": "fp16"}, "fp16 needs a GPU"),
     ({"ACCELERATE_MIXED_PRECISION": "FP16"}, "fp16 needs a GPU"),
 ])

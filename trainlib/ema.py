@@ -12,11 +12,14 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
+from trainlib import shards
+
 
 class Ema:
     """The average of a module's parameters and floating buffers, at least in fp32.
 
-    Integer buffers, such as BatchNorm's count of batches, stay the module's own.
+    Integer buffers, such as BatchNorm's count of batches, stay the module's own. Of a model that is
+    cut over the processes, so is the average.
     """
 
     def __init__(self, module: nn.Module, half_life_steps: float):
@@ -30,6 +33,7 @@ class Ema:
         """
         if not half_life_steps > 0:
             raise ValueError(f"the half-life is above 0 steps, got {half_life_steps}")
+        self.is_sharded = shards.is_sharded(module)
         self.newest_share = -math.expm1(-math.log(2) / half_life_steps)
         self.weights = {
             name: tensor
@@ -51,15 +55,21 @@ class Ema:
         """
         if healthy is False or not self.averages:
             return
-        averages = list(self.averages.values())
+        weights, averages = list(self.weights.values()), list(self.averages.values())
+        if self.is_sharded:
+            weights, averages = ([shards.local(t) for t in both] for both in (weights, averages))
         share = max(self.newest_share, 1 / (step + 1)) * healthy
-        differences = torch._foreach_sub(list(self.weights.values()), averages)
+        differences = torch._foreach_sub(weights, averages)
         torch._foreach_mul_(differences, share)
         torch._foreach_add_(averages, differences)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Within it the module holds the averaged weights, in their own precision."""
+        if self.is_sharded:
+            with self._swapped():
+                yield
+            return
         held = [weight.data for weight in self.weights.values()]
         try:
             for name, weight in self.weights.items():
@@ -68,6 +78,18 @@ class Ema:
         finally:
             for weight, data in zip(self.weights.values(), held, strict=True):
                 weight.data = data
+
+    @contextmanager
+    def _swapped(self) -> Iterator[None]:
+        """As ``applied``, in the parts' own memory, from which FSDP2 gathers them."""
+        held = {name: shards.local(weight.data).clone() for name, weight in self.weights.items()}
+        try:
+            for name, weight in self.weights.items():
+                shards.local(weight.data).copy_(shards.local(self.averages[name]))
+            yield
+        finally:
+            for name, weight in self.weights.items():
+                shards.local(weight.data).copy_(held[name])
 
     def tensors(self) -> dict[str, Tensor]:
         """The averages by name, for a checkpoint: all that an ``Ema`` has to keep."""
@@ -83,4 +105,4 @@ class Ema:
         if shapes[0] != shapes[1]:
             raise ValueError("the averaged weights are those of another model")
         for name, average in self.averages.items():
-            average.copy_(tensors[name])
+            shards.fill(average, tensors[name])

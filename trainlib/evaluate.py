@@ -3,7 +3,9 @@
 Batch ``j`` runs on process ``j % world_size``, so every batch has the same shape and content on
 any number of processes. Added up over processes are counts, and the sums of each batch in a slot
 of their own: every slot has one non-zero addend, so no order of addition shows. No sample is
-padded, repeated or dropped, and nothing here changes the model.
+padded, repeated or dropped, and nothing here changes the model. Of a model that is cut over the
+processes every forward needs all of them: one without a batch runs the first once more, whose
+result goes nowhere.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import torch.distributed
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from trainlib import shards
 from trainlib.config import UserError
 from trainlib.metrics import sum_dtype
 from trainlib.user_code import describe_error
@@ -57,6 +60,9 @@ def evaluate(
                 return None
             batch = next(batches, None)
             if batch is None:  # the last round may have fewer batches than processes
+                if shards.holds_sharded(model):
+                    inputs, targets = reader.first_batch()
+                    model(inputs, **arguments(targets))
                 break
             number, inputs, targets = batch
             output = model(inputs, **arguments(targets))
@@ -89,7 +95,10 @@ def model_arguments(
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode for a while; every module then goes back to its own mode, frozen ones too."""
+    """Eval mode for a while; every module then goes back to its own mode, frozen ones too.
+
+    What was gathered of a cut module is let go of.
+    """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -97,6 +106,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, was_training in modes:
             module.training = was_training
+        shards.reshard(model)
 
 
 def try_model(
@@ -151,7 +161,8 @@ def try_model(
 def inspect_step(model: nn.Module, reader: Reader, tasks: list[Task], step: int) -> dict:
     """The rows of a step's global batch, and among them those whose own loss is not finite.
 
-    Runs on one process, without communication; the model stays as it is.
+    Runs on one process, without communication; on all, if the model is cut over them. The model
+    stays as it is.
     """
     rows, suspects = reader.rows(step), []
     one_by_one = reader.plan.samples(step)[:, None]

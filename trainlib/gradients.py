@@ -5,16 +5,21 @@ exact sums do not depend on their order: so the gradient of a step is the same, 
 however its micro-batches are spread. Forward, backward, clipping and the step stay in the script.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.distributed
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
+from trainlib import shards
+from trainlib.config import UserError
 from trainlib.metrics import sum_dtype
 
 _NO_CONTEXT = nullcontext()
+_SHOWN = 5  # names in a line
 
 
 class StepSums:
@@ -29,21 +34,31 @@ class StepSums:
         accelerator: Accelerator,
         model: nn.Module,
         sizes: dict[str, int],
-        exact: bool,
+        exact: bool | None,
         micro_steps: int,
+        say: Callable[[str], object] = lambda line: None,
     ):
         """
         Args:
             model: as prepared; its trainable parameters are taken now.
             sizes: length of each named part.
-            exact: sum gradients here; otherwise DDP averages them in fp32.
+            exact: sum gradients here; otherwise DDP or FSDP2 averages them in fp32. None: on a
+                CPU, unless the model is sharded.
             micro_steps: micro-batches a step on each process.
+            say: told in a line of parameters that no gradient reached in the first step.
         """
+        self.is_sharded = shards.is_sharded(model)
+        if exact is None:
+            exact = accelerator.device.type == "cpu" and not self.is_sharded
         self.accelerator, self.model = accelerator, model
         self.world_size = accelerator.num_processes
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        inner = model.module if isinstance(model, DistributedDataParallel) else model
+        trained = {name: p for name, p in inner.named_parameters() if p.requires_grad}
+        self._names, self.parameters = list(trained), list(trained.values())
+        self._say, self._is_first = say, True
         self.sums_gradients = exact and (self.world_size > 1 or micro_steps > 1)
         self.reduces_elsewhere = self.world_size > 1 and not self.sums_gradients
+        self._ddp_reduces = self.reduces_elsewhere and not self.is_sharded
         gradients = self.parameters if self.sums_gradients else []
         # A parameter may get no gradient in a step; the optimizer must then leave it alone, on
         # every process: one flag each says on how many processes it got one.
@@ -70,13 +85,16 @@ class StepSums:
         self._has_all = False
 
     def no_sync(self, is_last: bool) -> AbstractContextManager:
-        """Keeps DDP from reducing: always for the exact sum, else on all but the last backward."""
+        """Keeps DDP from reducing: always for the exact sum, else on all but the last backward, as
+        FSDP2 is kept."""
+        if self.is_sharded:  # on one process, too, where it has to write the parts
+            return _NO_CONTEXT if is_last else shards.unsynced(self.model)
         if self.world_size == 1 or (is_last and self.reduces_elsewhere):
             return _NO_CONTEXT
         return self.accelerator.no_sync(self.model)
 
     def scaled(self, loss: Tensor, is_real: bool) -> Tensor:
-        """The loss to go backward from: DDP averages over processes, this undoes it.
+        """The loss to go backward from: DDP and FSDP2 average over processes, this undoes it.
 
         A repeated micro-batch counts for nothing. Should its gradient be NaN, 0 * NaN stays NaN;
         but then the process that owns it has the same NaN, and the step is skipped in any case.
@@ -109,7 +127,13 @@ class StepSums:
             parameter.grad = None
 
     def reduce(self) -> None:
-        """Sums the vector over all processes and writes the exact gradients, cast once."""
+        """Sums the vector over all processes and writes the exact gradients, cast once.
+
+        Raises:
+            UserError: no gradient reached a parameter for which DDP waits.
+        """
+        if not self.sums_gradients and (self._is_first or self._ddp_reduces):
+            self._look_for_unused({i for i, p in enumerate(self.parameters) if p.grad is None})
         if self.world_size > 1:
             torch.distributed.all_reduce(self.vector)
         if not self.sums_gradients:
@@ -119,7 +143,26 @@ class StepSums:
         # every parameter says enough.
         if not self._has_all:
             unused = set((self._used == 0).nonzero().flatten().tolist())
+        if self._is_first:
+            self._look_for_unused(unused)
         for index, (parameter, total) in enumerate(
             zip(self.parameters, self._gradients, strict=True)
         ):
             parameter.grad = None if index in unused else total.to(parameter.dtype)
+
+    def _look_for_unused(self, unused: set[int]) -> None:
+        """Names parameters without a gradient: once, or where DDP would hang, in an error."""
+        self._is_first = False
+        if not unused:
+            return
+        names = [self._names[index] for index in sorted(unused)]
+        more = f" and {len(names) - _SHOWN} more" * (len(names) > _SHOWN)
+        shown = f"{', '.join(names[:_SHOWN])}{more}"
+        freeze = f"--model.freeze '[{', '.join(names[:_SHOWN])}]'"
+        if self._ddp_reduces:
+            raise UserError(
+                f"no gradient reached {shown}, and DDP waits for one of every parameter: use it in "
+                f"the loss, freeze it ({freeze}), or set --batch.exact_sum true, which goes without"
+            )
+        self._say(f"no gradient reached {shown} in the first step: what gets none stays as it is; "
+                  f"if that is meant, {freeze} says so")

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from trainlib import shards
+
 if TYPE_CHECKING:
     from trainlib.progress import Progress
 
@@ -65,7 +67,7 @@ class Readback:
         """
         if not self.is_late:
             return [StepRecord(step, lr, losses.tolist(), grad_norm.item(), requests.tolist())]
-        values = torch.cat([losses, requests, grad_norm.to(losses.dtype).view(1)])
+        values = torch.cat([losses, requests, grad_norm.to(losses).view(1)])
         sizes = [len(losses), len(requests), 1]
         values = values.to("cpu", non_blocking=True)
         event = torch.cuda.Event()
@@ -107,7 +109,12 @@ class Guard:
         is_fused = all(group.get("fused") for group in optimizer.param_groups)
         # Optimizers that are not fused ignore found_inf or raise on it: for them the host reads,
         # as it does for the scaler, which reads on the host itself.
-        self.on_device = device.type == "cuda" and is_fused and scaler is None
+        owned = (p for group in optimizer.param_groups for p in group["params"])
+        parts = [p for p in owned if shards.is_part(p)]
+        # A model that is cut runs forward on all processes or on none.
+        self.is_sharded = bool(parts)
+        is_offloaded = any(part.device.type == "cpu" for part in parts)
+        self.on_device = device.type == "cuda" and is_fused and scaler is None and not is_offloaded
         self.healthy: bool | Tensor = True
 
     def allows(self, losses: Tensor, grad_norm: Tensor) -> bool:
@@ -141,8 +148,9 @@ class Guard:
         in_a_row = progress.bad_steps_in_a_row
         what = "loss" if not all(map(math.isfinite, record.losses)) else "gradient"
         line = f"step {record.step}: the {what} is not finite; update skipped on all processes"
-        if self.bad_steps_file is not None:
+        if self.bad_steps_file is not None or self.is_sharded:
             details = self.inspect_step(record.step)
+        if self.bad_steps_file is not None:
             entry = {"step": record.step, "reason": what} | details
             with self.bad_steps_file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(entry) + "\n")

@@ -14,6 +14,7 @@ from pydantic import AfterValidator, Field, field_serializer, field_validator, m
 from torch import nn
 from torch.optim import Optimizer
 
+from trainlib import shards
 from trainlib.config import Options, UserError, nearest, one_of
 from trainlib.muon import MuonWithAdamW
 from trainlib.schedule import SHAPES, check_args, check_duration, duration_steps, resolve_args
@@ -29,6 +30,9 @@ OPTIMIZERS: dict[str, type[Optimizer]] = {
     if isinstance(value, type) and issubclass(value, Optimizer)
     and value is not Optimizer and name.lower() not in _REFUSED
 } | {"muon": MuonWithAdamW}
+# Of a model that is cut over the processes: what torch (2.13) has no rule for, whole or fused.
+_WHOLE_ONLY = ("adafactor", "rprop")
+_FUSED_ON_PARTS = (torch.optim.Adam, torch.optim.AdamW, MuonWithAdamW)
 _SET_ELSEWHERE = ("params", "lr", "weight_decay")
 
 
@@ -236,8 +240,13 @@ def build_optimizer(options: OptimOptions, model: nn.Module) -> Optimizer:
     """The optimizer over the model's trainable parameters, fused where torch has it.
 
     Raises:
-        UserError: arguments that the class refuses, or nothing to train.
+        UserError: arguments that the class refuses, an optimizer that needs whole parameters where
+            the model is cut over the processes, or nothing to train.
     """
+    is_sharded = shards.is_sharded(model)
+    if is_sharded and options.name in _WHOLE_ONLY:
+        raise UserError(f"optim.name: torch has no {options.name} for parameters that FSDP2 has "
+                        "cut; use adamw or another one, or a config without FSDP2")
     lr = OptimOptions().lr if options.lr is None else options.lr  # which every step sets anew
     optimizer_class = find_optimizer(options.name)
     takes, takes_any = _arguments_of(optimizer_class)
@@ -260,7 +269,8 @@ def build_optimizer(options: OptimOptions, model: nn.Module) -> Optimizer:
         # On a GPU the fused SGD that skips its first step by found_inf goes on with momentum
         # buffers nobody has written (torch 2.13); unfused, the guard skips on the host.
         uses_momentum = optimizer_class is torch.optim.SGD and options.args.get("momentum")
-        if device == "cpu" or (device == "cuda" and not uses_momentum):
+        fits = optimizer_class in _FUSED_ON_PARTS or not is_sharded
+        if fits and (device == "cpu" or (device == "cuda" and not uses_momentum)):
             fused = {"fused": True}
     try:
         optimizer = optimizer_class(groups, lr=lr, **(fused | options.args))

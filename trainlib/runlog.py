@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 from accelerate import Accelerator
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 from torch import nn
 
-from trainlib import plots, terminal
+from trainlib import plots, shards, terminal
 from trainlib.config import Options
 from trainlib.schedule import (
     check_duration,
@@ -73,6 +73,13 @@ class LogOptions(Options):
     upload_model: bool = False
     """Hand final/ and best/ to wandb as versions of a model artifact. Off unless asked for: weights
     are large, and can tell more about the data than a curve does."""
+
+    @model_validator(mode="after")
+    def _histograms_are_of_whole_tensors(self) -> LogOptions:
+        if self.histograms is not None and shards.is_asked():
+            raise ValueError("histograms: are of whole tensors, which FSDP2 cuts over the "
+                             "processes; leave it out")
+        return self
 
 
 class RunLog:

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from trainlib import agreement, durable
+from trainlib import agreement, durable, shards
 from trainlib.checkpoint.background import BackgroundWriter, Files
 from trainlib.checkpoint.layout import (
     CONFIG,
@@ -141,10 +141,12 @@ class Checkpoints:
             files = {MODEL: model_tensors(module), OPTIMIZER: optimizer_tensors}
         except ValueError as error:
             raise UserError(f"checkpoint: {error}") from error
-        if not self.is_main:
-            return
         if ema is not None:
             files[EMA] = ema.tensors()
+        if shards.is_sharded(module):
+            files = {file: shards.gathered(each, self.is_main) for file, each in files.items()}
+        if not self.is_main:
+            return
         state = {
             "format": FORMAT, "step": progress.step, "identity": self.identity,
             "progress": asdict(progress), "optimizer": packed,
@@ -172,11 +174,15 @@ class Checkpoints:
             labels: by task, the names of classes, or what undoes a regression's scale.
             results: its evaluation by task.
         """
-        if not self.is_main:
+        if not self.is_main and not shards.is_sharded(module):
             return
         parameters = {name for name, _ in module.named_parameters()}
         tensors = {name: tensor for name, tensor in model_tensors(module).items()
                    if not name.startswith(TRAINING_ONLY)}
+        if shards.is_sharded(module):
+            tensors = shards.gathered(tensors, self.is_main)
+        if not self.is_main:
+            return
         texts = {CONFIG: self.config, "labels.json": json.dumps(labels, indent=1) + "\n",
                  "evaluation.json": json.dumps(results, indent=1) + "\n"}
 
@@ -194,7 +200,7 @@ class Checkpoints:
         opened = safe_open(file, "pt") if self.is_main else None
         for name, own in model_tensors(module).items():
             if not name.startswith(TRAINING_ONLY):
-                own.copy_(agreement.tensor_from_main(
+                shards.fill(own, agreement.tensor_from_main(
                     opened.get_tensor(name) if self.is_main else None,
                     str(own.dtype).removeprefix("torch."), list(own.shape), self.accelerator.device,
                 ))

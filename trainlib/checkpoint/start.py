@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from trainlib import agreement, durable
+from trainlib import agreement, durable, shards
 from trainlib.checkpoint.layout import EMA, FORMAT, MODEL, OPTIMIZER, STATE, step_folders
 from trainlib.checkpoint.state import load_optimizer, model_tensors
 from trainlib.config import UserError
@@ -64,7 +64,7 @@ class Start(NamedTuple):
         try:
             tensor = tensors(MODEL)
             for name, own in model_tensors(module).items():
-                own.copy_(tensor(name))
+                shards.fill(own, tensor(name))
             load_optimizer(optimizer, module, state["optimizer"], tensors(OPTIMIZER))
             if ema is not None:
                 tensor = tensors(EMA)

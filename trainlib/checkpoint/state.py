@@ -5,11 +5,14 @@ run on any number of processes.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from trainlib import shards
 
 # How an optimizer computes on this machine; it changes no bit that another machine's would keep.
 _OF_THE_MACHINE = ("fused", "foreach", "capturable", "differentiable")
@@ -73,8 +76,11 @@ def load_optimizer(
     """
     names = _parameter_names(optimizer, module)
     numbers = {name: number for number, name in enumerate(names)}
-    state = {numbers.get(name, name): _unpack(value, tensor)
-             for name, value in packed["state"].items()}
+    parameters = dict(module.named_parameters())
+    state = {}
+    for name, value in packed["state"].items():
+        taken = partial(_cut_as, tensor, parameters[name]) if name in parameters else tensor
+        state[numbers.get(name, name)] = _unpack(value, taken)
     own = optimizer.state_dict()["param_groups"]
     if len(own) != len(packed["groups"]):
         raise ValueError(f"{len(packed['groups'])} parameter groups there, {len(own)} here")
@@ -103,6 +109,12 @@ def describe(tensors: dict[str, Tensor]) -> dict[str, list]:
     """Each tensor's type and shape, as JSON."""
     return {name: [str(t.dtype).removeprefix("torch."), list(t.shape)]
             for name, t in tensors.items()}
+
+
+def _cut_as(tensor: Callable[[str], Tensor], parameter: Tensor, name: str) -> Tensor:
+    """A named tensor, of a parameter's shape cut as the parameter, so that it is whole only now."""
+    value = tensor(name)
+    return shards.cut(value, parameter) if value.shape == parameter.shape else value
 
 
 def _parameter_names(optimizer: Optimizer, module: nn.Module) -> list[str]:

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from trainlib import shards
 from trainlib.config import Options, UserError, nearest
 
 BUILTIN: dict[str, Callable] = {}
@@ -145,4 +146,7 @@ class BatchOptions(Options):
                 f"{self.global_size}: a micro-batch is a part of the global batch; "
                 "set --batch.micro_size, too"
             )
+        if self.exact_sum and shards.is_asked():
+            raise ValueError("exact_sum: FSDP2 sums gradients itself, in fp32; leave it out, or "
+                             "use a config without FSDP2")
         return self

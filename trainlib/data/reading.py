@@ -240,6 +240,11 @@ class EvalReader:
         self.numbers = range(rank, self.num_batches, world_size)
         self.batch_size = batch_size
 
+    def first_batch(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """The split's first inputs and targets, whoever's they are."""
+        chosen = np.arange(min(self.batch_size, len(self.split)))
+        return next(iter(self.split.batches([chosen], self.device)))
+
     def __iter__(self) -> Iterator[tuple[int, Tensor, dict[str, Tensor]]]:
         """Each batch's number, the model's inputs and the targets."""
         inputs, size = self.split.inputs, self.batch_size

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from trainlib import shards
 from trainlib.config import UserError
 from trainlib.distillation.options import DistillOptions, TeacherOptions
 from trainlib.user_code import describe_error
@@ -60,6 +61,9 @@ def _build(
     chosen: TeacherOptions, student: nn.Module, dataset: Dataset, facts: tuple, models: ModuleType
 ) -> nn.Module:
     if chosen.ema:
+        if shards.is_asked():
+            raise UserError("a teacher is whole, FSDP2 cuts the student's average over the "
+                            "processes; use a config without FSDP2")
         return deepcopy(student)
     if chosen.run is not None:
         return models.load_model(chosen.run)

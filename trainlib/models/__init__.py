@@ -50,6 +50,10 @@ class ModelOptions(Options):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time, the same weights (but
     not where inductor compiles dropout, whose draws then change)."""
+    sync_batch_norm: bool = False
+    """Let BatchNorm normalise by the micro-batches that run at one time on all GPUs together, not
+    each by its own: for micro-batches too small for it. The curve then depends on the number of
+    processes."""
 
     @field_validator("compile", mode="before")
     @classmethod

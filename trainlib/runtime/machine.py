@@ -15,8 +15,10 @@ from pathlib import Path
 
 import accelerate
 import torch
+import torch.distributed
 from accelerate import Accelerator, DistributedDataParallelKwargs
 
+from trainlib import shards
 from trainlib.config import UserError
 from trainlib.credentials import redact
 
@@ -43,15 +45,21 @@ def make_accelerator(deterministic: bool, cpu_threads: int) -> Accelerator:
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         raise UserError(
             "DeepSpeed divides and accumulates gradients its own way, so the curve would change: "
-            "use a config without it, such as accelerate_configs/multi_gpu.yaml; sharding will be "
-            "FSDP2's part"
+            "use a config without it, such as accelerate_configs/multi_gpu.yaml, or for models "
+            "larger than a GPU FSDP2 (distributed_type: FSDP with fsdp_version: 2)"
         )
-    for variable in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM"):
+    for variable, what in (("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM"),
+                           ("ACCELERATE_USE_PARALLELISM_CONFIG", "parallelism_config")):
         if os.environ.get(variable, "false").lower() == "true":
-            raise UserError(
-                f"{variable} is set, but sharded models are not supported yet: every process "
-                "holds the whole model; use accelerate_configs/multi_gpu.yaml"
-            )
+            raise UserError(f"{what} is not supported; to shard a model over all processes set "
+                            "distributed_type: FSDP and fsdp_version: 2 in the accelerate config")
+    if shards.is_asked():
+        if os.environ.get("FSDP_VERSION", "1") != "2":
+            raise UserError("FSDP1 is not supported; set fsdp_version: 2 in the accelerate config "
+                            "(accelerate to-fsdp2 converts a config)")
+        # For transformers, which would leave the weights of all processes but one empty: here
+        # each builds the whole model, and FSDP2 cuts it.
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -76,6 +84,12 @@ def make_accelerator(deterministic: bool, cpu_threads: int) -> Accelerator:
             "they would train separately and overwrite each other: this machine has no GPU for "
             "that config; for several CPU processes set ACCELERATE_USE_CPU=true"
         )
+    if shards.is_asked() and not torch.distributed.is_initialized():
+        raise UserError("FSDP2 needs processes that know of each other, be it one: start them with "
+                        "accelerate launch or torchrun")
+    if shards.is_asked() and accelerator.mixed_precision not in ("no", "bf16"):
+        raise UserError(f"mixed_precision {accelerator.mixed_precision} does not go with FSDP2; "
+                        "set it to bf16 or 'no'")
     if accelerator.mixed_precision.lower() == "fp16" and accelerator.scaler is None:
         raise UserError(
             f"mixed_precision fp16 needs a GPU; on {accelerator.device.type} Accelerate would "
