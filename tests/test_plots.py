@@ -214,10 +214,16 @@ def test_names_of_classes_fit_and_are_told_apart(tmp_path, some):
     assert names.of_classes(["cat", "a dog"]) == ["cat", "a dog"]
 
 
+def test_names_keep_the_end_that_tells_them_apart():
+    some = [f"a rather long name of class {number}" for number in range(20)]
+    for number, text in enumerate(names.of_classes(some)):
+        assert text.startswith("a rather") and text.endswith(f" class {number}")
+
+
 def test_the_names_at_an_axis_are_those_that_are_told_apart(tmp_path, monkeypatch):
     shown = []
     monkeypatch.setattr(paper, "name_ticks", lambda _, texts, *__, **___: shown.append(texts))
-    some = [f"the class {number} with a long start and a long end" for number in range(9)]
+    some = [f"a long start before the class {number} and a long end" for number in range(9)]
     draw_confusion(tmp_path / "a.png", "a", np.eye(9, dtype=int), some, "samples")
     assert shown and all(len(set(texts)) == 9 for texts in shown)
 
@@ -281,11 +287,11 @@ def test_without_records_or_an_evaluation_it_says_so_and_draws_the_rest(make_run
 
 
 NO_NUMBERS = [
-    '{"step": 310, "epoch": Infinity, "train/loss": 1.0, "memory/peak_gib": Infinity}',
     '{"step": 310, "epoch": "seven", "train/loss": "high", "speed/samples_per_second": []}',
     '{"step": 310, "epoch": 7, "train/loss": ' + "9" * 400 + "}",
     '{"step": ' + "9" * 400 + ', "epoch": 7, "train/loss": 1.0}',
     '{"step": NaN, "epoch": 7, "train/loss": 1.0}', "[" * 100_000, "\x00",
+    '{"step": 320, "epoch": Infinity, "train/loss": 1.0, "memory/peak_gib": Infinity}',
 ]
 
 
@@ -303,7 +309,7 @@ def test_keys_that_are_unknown_are_said_to_be(make_run):
     lines = [{"step": 1, "eval/other": 1.0}]
     run, said = make_run("run", {"t": "language_modeling"}, lines), []
     assert [file.name for file in plots.draw_run(run, said.append)] == ["report.html"]
-    assert len(said) == 1 and "curves.png" in said[0]
+    assert len(said) == 1 and "no key" in said[0] and "curves.png" in said[0]
 
 
 DAMAGES = {
