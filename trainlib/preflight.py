@@ -22,7 +22,7 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-from trainlib import agreement, plan
+from trainlib import agreement, plan, shards
 from trainlib.config import UserError
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def stop_if_dry_run(
 
     Args:
         options: a script's; ``dry_run``, ``batch`` and ``optim`` are read.
-        module: on its device, not prepared yet; its gradients are overwritten.
+        module: on its device, whole or cut, not prepared yet; its gradients are overwritten.
         optimizer: takes a step with gradients of 0, which makes its state.
 
     Raises:
@@ -162,7 +162,7 @@ def _memory(
     gradients = sum(p.grad.nbytes for p in trained)
     state = sum(value.nbytes for slots in optimizer.state.values() for value in slots.values()
                 if isinstance(value, Tensor))
-    is_sharded = accelerator.distributed_type.value == "FSDP"
+    is_sharded = shards.is_sharded(module)  # whose tensors say the size of the whole
     parts = world_size if is_sharded else 1
     held = sum(p.nbytes for p in module.parameters())
     memory = {

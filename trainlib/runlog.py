@@ -273,7 +273,7 @@ class RunLog:
     def _draw(self) -> None:
         """Draws what stands in the folder; no run fails for want of a picture."""
         try:
-            files = plots.draw_run(self.folder, say=lambda line: None)
+            files = plots.draw_run(self.folder, self.say)
             self.trackers.hand_over(file for file in files if file.suffix == ".png")
         except Exception as error:
             self.say(f"pictures: not drawn ({' '.join(str(error).split())[:200]}); to try again: "

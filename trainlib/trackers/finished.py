@@ -64,7 +64,10 @@ def _read_csv(file: Path) -> list[dict[str, str]]:
 
 
 def _read_json(file: Path) -> Any:
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # missing, or damaged since it was written
+        return None
 
 
 def _as_number(cell: str) -> float | str | None:
