@@ -262,6 +262,8 @@ def combine(
     band = (sorted(at_rate), list(map(statistics.median, table)), list(map(min, table)),
             list(map(max, table)))
     suggestions = [suggest(lrs, losses) for lrs, losses in runs]
+    if len(suggestions) == 1:
+        return band, suggestions[0]
     answered = [one for one in suggestions if one.answer is not None]
     if 2 * len(answered) <= len(runs):
         silent = [one.verdict for one in suggestions if one.answer is None]
