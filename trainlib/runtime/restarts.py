@@ -12,6 +12,8 @@ from pathlib import Path
 
 import psutil
 
+from trainlib.credentials import redact
+
 # A mistake of the user, divergence, a failed last save, too little memory.
 _FINAL_CODES = (2, 3, 4, 6)
 _COUNT, _ERROR_FILE = "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_ERROR_FILE"
@@ -33,7 +35,7 @@ def leave_word(code: int, reason: str) -> None:
     if code in _FINAL_CODES and _ERROR_FILE in os.environ:
         with suppress(OSError):
             word = Path(os.environ[_ERROR_FILE]).with_name("exit.json")
-            word.write_text(json.dumps({"code": code, "reason": reason}), encoding="utf-8")
+            word.write_text(json.dumps({"code": code, "reason": redact(reason)}), encoding="utf-8")
 
 
 def refuse_repetition() -> None:
