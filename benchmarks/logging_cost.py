@@ -26,17 +26,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
 
+from checkpoint_cost import SYNTHETIC  # noqa: E402
+
 import train  # noqa: E402
 from trainlib.runlog import RunLog  # noqa: E402
 
 BLOCK_STEPS, WARM_UP_BLOCKS = 10, 4
-SYNTHETIC = """import datasets, numpy
-def images():
-    pixels = numpy.random.default_rng(0).integers(0, 256, (5000, 32, 32, 3), numpy.uint8)
-    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(10))
-    columns = {"image": list(pixels), "label": [number % 10 for number in range(5000)]}
-    return datasets.Dataset.from_dict(columns, features)
-"""
 
 
 def is_logged(block: int) -> bool:
