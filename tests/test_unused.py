@@ -14,7 +14,7 @@ from trainlib.models.resnet import ResNet
 from trainlib.sharding import place
 
 SHORT = ["--loop.duration", "6 steps", "--log.every", "1", "--batch.micro_size", "16",
-         "--log.trackers", "[]", "--log.pictures", "false"]
+         "--log.trackers", "[]", "--log.report", "false"]
 NET = """
 from torch import nn
 class Net(nn.Module):
