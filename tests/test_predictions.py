@@ -2,6 +2,7 @@
 processes, and the very numbers that the evaluation adds up."""
 
 import csv
+import io
 import json
 import math
 from functools import partial
@@ -14,8 +15,8 @@ from launching import train
 from PIL import Image
 
 from trainlib.losses import LOSSES
-from trainlib.predictions.examples import choose
-from trainlib.predictions.rows import Recorder, as_text, is_mistake
+from trainlib.predictions.examples import _picture, choose
+from trainlib.predictions.rows import Recorder, are_mistakes, as_text
 from trainlib.tasks.kinds import (
     Classification,
     LanguageModeling,
@@ -134,6 +135,57 @@ def test_none_is_kept_to_look_at_if_none_is_wanted(tmp_path):
     assert "data:image/png" in (run / "report.html").read_text()  # the curves
 
 
+def test_a_run_that_goes_on_leaves_no_predictions_of_weights_that_are_gone(tmp_path):
+    run = train(tmp_path / "run", "--loop.duration", "5 steps", *REPORT)
+    written = ["predictions.csv", "examples", "report.html"]
+    assert all((run / name).exists() for name in written)
+    train(tmp_path / "run", "--loop.duration", "10 steps")
+    assert not any((run / name).exists() for name in written)
+
+
+def test_a_run_does_not_fail_for_want_of_something_to_look_at(tmp_path, monkeypatch, capsys):
+    import train as script
+    from trainlib.data import Dataset
+
+    def fails(self):
+        raise ConnectionError("the tokenizer has gone")
+
+    monkeypatch.setattr(Dataset, "to_text", fails)
+    torch.set_num_threads(1)
+    run = tmp_path / "run"
+    script.main(["--run_dir", str(run), "--log.trackers", "[]", "--loop.duration", "5 steps"])
+    assert "examples: not made (the tokenizer has gone)" in capsys.readouterr().out
+    assert len(table(run)) == 360 and (run / "report.html").exists()
+
+
+def test_texts_are_shown_without_what_fills_them_up(tmp_path):
+    net = tmp_path / "net.py:Bag"
+    (tmp_path / "net.py").write_text(
+        "from torch import nn\n\nclass Bag(nn.Module):\n"
+        "    def __init__(self, num_classes):\n        super().__init__()\n"
+        "        self.bag = nn.EmbeddingBag(256, num_classes)\n\n"
+        "    def forward(self, tokens):\n        return self.bag(tokens)\n")
+    rows = "".join(f"{'a word ' * (1 + number % 7)},{'xy'[number % 2]}\n" for number in range(80))
+    (tmp_path / "texts.csv").write_text("text,label\n" + rows)
+    run = train(tmp_path / "run", "--data.source", str(tmp_path / "texts.csv"), "--data.input",
+                "text", "--data.tokenizer", "bytes", "--tasks.label.kind", "classification",
+                "--model.name", str(net), "--loop.duration", "4 steps", *REPORT)
+    entries = json.loads((run / "examples" / "examples.json").read_text())
+    assert all(entry["text"] and "\0" not in entry["text"] for entry in entries)
+    assert b"\0" not in (run / "report.html").read_bytes()
+
+
+@pytest.mark.parametrize("image, shades", [
+    (torch.ones(1, 2, 2), (255, 255)), (torch.tensor([[[-1.0, 1.0]]]), (0, 255)),
+    (torch.full((4, 2, 2), 128, dtype=torch.uint8), (128, 128)),
+    (torch.zeros(2, 2, 2, dtype=torch.bool), (0, 0)), (torch.ones(1, 1, 5000), (255, 255)),
+])
+def test_pictures_of_any_kind_of_input(image, shades):
+    with Image.open(io.BytesIO(_picture(image, [], 2))) as picture:
+        grey = np.asarray(picture.convert("L"))
+    assert (grey.min(), grey.max()) == shades and max(grey.shape) <= 256
+
+
 class Reader:
     """As much of an EvalReader as a recorder asks for."""
 
@@ -172,10 +224,10 @@ def test_numbers_of_classes_with_missing_targets(batch_size):
         [line] = as_text(task, 5, row.tolist())
         assert line.row == 5 and line.prediction == "abc"[probabilities.argmax()]
         if target == -100:
-            assert math.isnan(row[0]) and line.target == "" and not is_mistake(task, row)
+            assert math.isnan(row[0]) and line.target == "" and not are_mistakes(row[None])[0]
         else:
             assert row[0] == pytest.approx(-math.log(probabilities[target]), rel=1e-6)
-            assert is_mistake(task, row) == (probabilities.argmax() != target)
+            assert are_mistakes(row[None])[0] == (probabilities.argmax() != target)
 
 
 def test_numbers_of_labels_columns_and_pixels():
@@ -206,7 +258,7 @@ def test_numbers_of_labels_columns_and_pixels():
         rows = recorded(pixels, outputs, targets, 1)["rows"]
         assert rows[0][2:].tolist() == [3, 2]
         assert rows[0][1] == pytest.approx(1 / (1 + math.exp(-3)), rel=1e-6)
-        assert math.isfinite(rows[0][0]) and is_mistake(pixels, rows[0])
+        assert math.isfinite(rows[0][0]) and are_mistakes(rows)[0]
 
 
 @pytest.mark.parametrize("fused", [False, True])

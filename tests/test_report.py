@@ -66,6 +66,7 @@ def test_the_page_shows_the_run_and_refers_to_nothing_outside(run):
     best = json.loads((run / "best" / "evaluation.json").read_text())["digit"]
     assert f"{best['accuracy']:.4f}" in found.words and f"{best['loss']:.4f}" in found.words
     assert (run / "config.yaml").read_text() in found.words
+    assert "Finished." in text and "from first start to end" in found.words
     starts = json.loads((run / "environment.json").read_text())["starts"]
     assert [start["step"] for start in starts] == [0, 20]
     assert all(start["time"] in found.words for start in starts)

@@ -71,7 +71,7 @@ def test_a_run_does_not_fail_for_want_of_a_picture(tmp_path, monkeypatch, capsys
     import train as script
     from trainlib import plots
 
-    def fails(folder, say):
+    def fails(folder, say, ended):
         raise OSError("no room left")
 
     monkeypatch.setattr(plots, "draw_run", fails)

@@ -157,7 +157,7 @@ def test_what_is_seen_of_a_run_is_in_wandb_too(tmp_path):
     assert [row[:2] for row in by_columns["lr", "loss", "curve"]] == [
         pytest.approx(pair) for pair in zip(sweep["lrs"], sweep["losses"], strict=True)]
     [classes] = [rows for columns, rows in by_columns.items() if "recall" in columns]
-    assert len(classes) == 10 and classes[3][1] == 3
+    assert len(classes) == 10 and classes[3][1] == "3"
     [examples] = [rows for columns, rows in by_columns.items() if columns[0] == "image"]
     kept = json.loads((run / "examples" / "examples.json").read_text())
     assert [row[1:5] for row in examples] == [
@@ -166,6 +166,50 @@ def test_what_is_seen_of_a_run_is_in_wandb_too(tmp_path):
             for entry in artifact["manifest"]["contents"]]
     assert len({path for path in sent if path.endswith(".png")}) == len(
         {(run / "examples" / entry["image"]).read_bytes() for entry in kept}) > 5
+
+
+def test_classes_columns_and_labels_of_several_tasks_stand_in_one_table(tmp_path):
+    run = tmp_path / "run"
+    result = fork(["--recipe", "recipes/digits_multitask.yaml", "--run_dir", str(run),
+                   "--loop.duration", "20 steps", "--loop.eval_every", "10 steps"],
+                  XDG_DATA_HOME=str(tmp_path))
+    assert result.returncode == 0 and "tracker:" not in result.stdout, result.stdout
+    seen = {key.removesuffix("._type") for row in history(run) for key in row}
+    assert {"per_class", "predictions/digit", "predictions/ink", "predictions/quadrants"} <= seen
+    assert [item["exit_code"] for item in of_type(contents(run), "exit")] == [0]
+
+
+def test_a_table_that_a_tracker_does_not_take_costs_only_itself(tmp_path, monkeypatch):
+    from accelerate import Accelerator
+
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    said: list[str] = []
+    trackers = Trackers(Accelerator(cpu=True), tmp_path, LogOptions(), "{a: 1}", 0)
+    trackers.start(said.append)
+    trackers.table("mixed", ["column"], [[1.0], ["a text"]])
+    trackers.table("whole", ["column"], [[1.0], [2.0]])
+    trackers.log({"step": 5, "epoch": 0.5, "train/loss": 1.0})
+    trackers.close(0)
+    lines = [line for line in said if line.startswith("tracker:")]
+    assert len(lines) == 1 and lines[0].startswith("tracker: wandb does not take mixed (")
+    assert any("whole._type" in row for row in history(tmp_path))
+    assert numbers(tmp_path)[-1]["train/loss"] == 1 and of_type(contents(tmp_path), "exit")
+
+
+def test_the_newest_session_tells_what_is_there_whatever_its_mode(tmp_path, monkeypatch):
+    from trainlib.trackers import weights_and_biases
+
+    for name in ("run-20261124_010000-abc", "offline-run-20261124_020000-abc",
+                 "offline-run-20261124_030000-abc"):
+        (tmp_path / "wandb" / name).mkdir(parents=True)
+        (tmp_path / "wandb" / name / "run-abc.wandb").touch()
+    found = {"01": [{"step": 16, "a": 1}], "03": [],
+             "02": [{"step": 39, "a": 1}, {"step": 40, "a": 1},
+                    {"step": 40, "confusion/digit_table._type": "table-file"}]}
+    monkeypatch.setattr(weights_and_biases, "_history",
+                        lambda file: found[file.parent.name.split("_")[1][:2]])
+    last, keys = weights_and_biases._last_written(tmp_path, "abc")
+    assert last == 40 and {"a", "confusion/digit"} <= keys
 
 
 @pytest.mark.parametrize("pause", ["0", "2.5"], ids=["nothing was written", "all was written"])

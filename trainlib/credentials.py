@@ -83,6 +83,8 @@ def _has_secret_query(text: str) -> bool:
 def _secret_variables() -> dict[str, str]:
     found = {}
     for name, value in os.environ.items():
+        if name in ("PWD", "OLDPWD"):  # folders, maybe of another machine
+            continue
         *before, last = [word.lower() for word in _WORD.findall(name)] or [""]
         # Any KEY of the environment is one; the name of a file that holds it is not.
         is_named = last in _SECRET_WORDS | {"key", "keys"} or _is_secret(name, value)

@@ -13,8 +13,9 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -198,7 +199,8 @@ class RunLog:
         self._end_bar()
         self._hand_over(state)
         if self.options.report:
-            self._draw()
+            now = datetime.now(UTC).isoformat(timespec="seconds")
+            self._draw({"code": 0, "time": now})
         for task in tasks:
             if state.best_results:
                 self.say(f"\n{task.name}, validation, best weights (step {state.best_step}):\n"
@@ -270,10 +272,10 @@ class RunLog:
             self.trackers.artifact(name, self.folder / "best", ["best"],
                                    {"step": state.best_step} | best)
 
-    def _draw(self) -> None:
+    def _draw(self, ended: dict[str, Any] | None = None) -> None:
         """Draws what stands in the folder; no run fails for want of a picture."""
         try:
-            files = plots.draw_run(self.folder, self.say)
+            files = plots.draw_run(self.folder, self.say, ended)
             self.trackers.hand_over(file for file in files if file.suffix == ".png")
         except Exception as error:
             self.say(f"pictures: not drawn ({' '.join(str(error).split())[:200]}); to try again: "

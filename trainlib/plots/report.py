@@ -24,11 +24,14 @@ _MOST_CLASSES = 100  # rows of the table of classes
 _TASK_LENGTH, _CLASS_LENGTH = 48, 100  # letters of a name
 
 
-def write_report(run: Path, say: Callable[[str], object] = print) -> Path:
+def write_report(
+    run: Path, say: Callable[[str], object] = print, ended: dict[str, Any] | None = None
+) -> Path:
     """Makes ``report.html`` of what stands in a run folder, its pictures included.
 
     Args:
         say: is told which section a damaged file has cost.
+        ended: what ``exit.json`` will say, of a run that draws its own report before it ends.
 
     Raises:
         NotARun: the folder holds no run.
@@ -37,6 +40,7 @@ def write_report(run: Path, say: Callable[[str], object] = print) -> Path:
     config, name = read_config(run), run.resolve().name
     best = read_json(run / "best" / "evaluation.json")
     final = read_json(run / "final" / "evaluation.json")
+    ended = read_json(run / "exit.json") or ended or {}
     log = _Log(run, monitored(config))
     groups = {"mistake": "Worst predictions", "sample": "Samples drawn at random"}
     sections = {
@@ -49,7 +53,7 @@ def write_report(run: Path, say: Callable[[str], object] = print) -> Path:
            for group, title in groups.items()},
         "Student and teachers": lambda: page.mapping(read_json(run / "distillation.json")),
         "Learning-rate sweep": lambda: _figures(run, ["lr_find.png"]),
-        "Starts and times": lambda: _times(run, log),
+        "Starts and times": lambda: _times(run, log, ended),
         "Machine": lambda: page.mapping({
             key: value for key, value in read_json(run / "environment.json").items()
             if key != "starts"}),
@@ -65,7 +69,7 @@ def write_report(run: Path, say: Callable[[str], object] = print) -> Path:
             content = f"<p>{escape(why)}</p>"
         body += f"<h2>{escape(title)}</h2>\n{content}\n" if content else ""
     tasks = ", ".join(f"{task} ({kind.replace('_', ' ')})" for task, kind in kinds(config).items())
-    html = page.frame(name, f"{tasks}. {_outcome(run, log)}", body)
+    html = page.frame(name, f"{tasks}. {_outcome(ended, log)}", body)
     paper.write(run / REPORT, html.encode(errors="replace"))
     return run / REPORT
 
@@ -91,8 +95,7 @@ class _Log:
         self.bad_steps = sum(1 for _ in read_records(run / "bad_steps.jsonl"))
 
 
-def _outcome(run: Path, log: _Log) -> str:
-    ended = read_json(run / "exit.json")
+def _outcome(ended: Mapping[str, Any], log: _Log) -> str:
     text = f"{log.last_step:,} steps, {log.last_epoch:.4g} epochs. "
     if ended:
         word = "Finished" if ended.get("code") == 0 else f"Ended with code {ended.get('code')}"
@@ -169,7 +172,8 @@ def _example(folder: Path, entry: Mapping[str, Any], mark: str) -> str:
     if entry.get("image"):
         body = f'<img src="{page.inline(folder / Path(entry["image"]).name)}" alt="">'
     elif entry.get("text") is not None:
-        body = f"<pre>{escape(str(entry['text']))}</pre>"
+        text = "".join(c for c in str(entry["text"]) if c.isprintable() or c in "\n\t")
+        body = f"<pre>{escape(text)}</pre>"
     said = [shorten(entry["task"], _TASK_LENGTH),
             *(f"{name} {entry[name]!r}" for name in ("target", "prediction"))]
     said += [f"{name} {page.number(entry[name])}" for name in ("confidence", "loss")
@@ -181,14 +185,13 @@ def _example(folder: Path, entry: Mapping[str, Any], mark: str) -> str:
     return f"{start}{body}<figcaption>{'<br>'.join(lines)}</figcaption></figure>"
 
 
-def _times(run: Path, log: _Log) -> str:
+def _times(run: Path, log: _Log, ended: Mapping[str, Any]) -> str:
     starts = read_json(run / "environment.json").get("starts") or []
-    ended = read_json(run / "exit.json").get("time")
     rows = [[str(start.get("time", "")),
              *(page.number(start.get(key)) for key in ("step", "processes"))] for start in starts]
     facts = {}
-    if starts and ended:
-        facts["from first start to end"] = _span(starts[0].get("time"), ended)
+    if starts and ended.get("time"):
+        facts["from first start to end"] = _span(starts[0].get("time"), ended["time"])
     if log.speeds:
         facts["training speed, median"] = f"{median(log.speeds):,.0f} samples/s"
     if log.peak_gib:

@@ -27,12 +27,15 @@ _SOURCES = {"regression": "predictions.csv", "language_modeling": _POSITIONS}
 _NAME_LENGTH, _TASK_LENGTH = 60, 40  # letters, in a title
 
 
-def draw_run(run: Path, say: Callable[[str], object] = print) -> list[Path]:
+def draw_run(
+    run: Path, say: Callable[[str], object] = print, ended: dict[str, Any] | None = None
+) -> list[Path]:
     """Draws what the files of a run folder allow, over what was drawn there before, and then the
     report that shows all of it.
 
     Args:
         say: is told what is left out and why: nothing to draw, or a damaged file.
+        ended: what ``exit.json`` will say, of a run that draws before it ends.
 
     Returns:
         The files that were written.
@@ -45,7 +48,7 @@ def draw_run(run: Path, say: Callable[[str], object] = print) -> list[Path]:
     config, work = read_config(run), _Work(run, say)
     _draw_pictures(run, config, work)
     with work.on(run / "report.html"):
-        work.written.append(write_report(run, say))
+        work.written.append(write_report(run, say, ended))
     if not work.written and work.refusal is not None:
         raise work.refusal
     return work.written

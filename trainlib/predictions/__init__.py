@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from trainlib import durable
+from trainlib import durable, shards
 from trainlib.predictions.examples import Inputs, choose, render
 from trainlib.predictions.rows import Prediction, Recorder, as_text
 
@@ -45,7 +45,7 @@ def write(
 ) -> None:
     """Writes what a pass with ``records`` has found, and ``options.examples`` of it.
 
-    Every process takes part, because a model may need all of them for one forward.
+    Every process takes part where a sharded model needs all of them for one forward.
 
     Args:
         folder: of the run.
@@ -53,26 +53,41 @@ def write(
         dataset: whose validation split that was.
         model: with the weights of that pass; in eval mode afterwards.
     """
+    needs_all = shards.holds_sharded(model)
+    if not (run_log.is_main or needs_all):
+        return
+    try:
+        found = _examples(said, tasks, dataset, model.eval(), options.examples, run_log.device)
+    except Exception as error:  # no run fails for want of something to look at
+        if needs_all:
+            raise  # the others wait in its forward
+        found = []
+        run_log.say(f"examples: not made ({' '.join(str(error).split())[:200]})")
+    if not run_log.is_main:
+        return
+    try:
+        _write_tables(folder, said, tasks, dataset.validation.rows.tolist())
+        _write_examples(folder / _EXAMPLES, found)
+    except OSError as error:
+        run_log.say(f"predictions: not written ({error.strerror}); weights and metrics are")
+
+
+def _examples(
+    said: Mapping[str, dict[str, Any]], tasks: list[Task], dataset: Dataset, model: nn.Module,
+    num_examples: int, device: torch.device,
+) -> list[tuple[dict[str, Any], bytes | None]]:
     # A few samples are sooner read than workers are started.
     split = replace(dataset.validation, workers=0)
-    shown = Inputs(dataset.inputs, dataset.to_text())
-    model.eval()
+    shown = Inputs(dataset.inputs, dataset.to_text(), dataset.pad_id)
     is_compiled = getattr(model, "_compiled_call_impl", None) is not None
     found = []
     # Compiling anew for the shape of a few samples would take longer than all of this.
     with torch.compiler.set_stance("force_eager") if is_compiled else nullcontext():
         for task in tasks:
             rows = said[task.name]["rows"]
-            chosen = choose(task, rows, options.examples)
-            found += render(task, chosen, rows, split, model, shown, run_log.device)
-    if not run_log.is_main:
-        return
-    try:
-        _write_tables(folder, said, tasks, split.rows.tolist())
-        _write_examples(folder / _EXAMPLES, found)
-    except OSError as error:
-        run_log.say(f"predictions: not written ({error.strerror}: {error.filename}); weights and "
-                    "metrics are")
+            chosen = choose(task, rows, num_examples)
+            found += render(task, chosen, rows, split, model, shown, device)
+    return found
 
 
 def _write_tables(
@@ -80,8 +95,8 @@ def _write_tables(
 ) -> None:
     lines = (
         (*line[:4], _short(line.confidence), _short(line.loss)) for task in tasks
-        for row, numbers in zip(rows, said[task.name]["rows"].tolist(), strict=True)
-        for line in as_text(task, row, numbers)
+        for row, numbers in zip(rows, said[task.name]["rows"], strict=True)
+        for line in as_text(task, row, numbers.tolist())
     )
     durable.write_text(folder / "predictions.csv", _csv(Prediction._fields, lines))
     for positions in (found["positions"] for found in said.values() if "positions" in found):

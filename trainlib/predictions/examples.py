@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from trainlib.plan import samples_of
-from trainlib.predictions.rows import as_text, decided_pixels, is_mistake
+from trainlib.predictions.rows import are_mistakes, as_text, decided_pixels
 
 if TYPE_CHECKING:
     from trainlib.data import Split
@@ -32,6 +32,8 @@ class Inputs(NamedTuple):
     """Names of the numbers that are inputs."""
     decode: Callable[[list[int]], str] | None
     """From token numbers to text, where the inputs are tokens."""
+    pad_id: int | None
+    """The token that fills texts up."""
 
 
 def choose(task: Task, rows: np.ndarray, num_examples: int) -> list[tuple[int, str]]:
@@ -45,7 +47,7 @@ def choose(task: Task, rows: np.ndarray, num_examples: int) -> list[tuple[int, s
     by = 1 if task.kind in ("classification", "multilabel") else 0
     there = np.isfinite(rows[:, by])
     if by:
-        there &= np.fromiter((is_mistake(task, row) for row in rows.tolist()), bool, len(rows))
+        there &= are_mistakes(rows)
     order = np.argsort(-np.where(there, rows[:, by], -np.inf), kind="stable")
     worst = order[: min(num_examples, int(there.sum()))]
     drawn = samples_of(np.arange(min(num_examples, len(rows))), len(rows), seed=0)
@@ -130,8 +132,9 @@ def _picture(stored: Tensor, masks: Sequence[np.ndarray], num_classes: int) -> b
     """The PNG of [channels, height, width] inputs, and beside it of masks of their size."""
     pixels = stored if len(stored) in (1, 3) else stored[:1]
     if pixels.dtype != torch.uint8:
-        low, high = pixels.min(), pixels.max()
-        pixels = ((pixels - low).double() / (high - low).clamp(min=1e-12) * 255).byte()
+        pixels = pixels.float()
+        low, high = min(pixels.min().item(), 0.0), max(pixels.max().item(), 1.0)
+        pixels = ((pixels - low) / (high - low) * 255).byte()
     colours = pixels.expand(3, -1, -1).permute(1, 2, 0).numpy()
     gap = np.full((colours.shape[0], _GAP, 3), 255, np.uint8)
     strips = [colours]
@@ -140,7 +143,7 @@ def _picture(stored: Tensor, masks: Sequence[np.ndarray], num_classes: int) -> b
     image = Image.fromarray(np.concatenate(strips, 1))
     side = min(colours.shape[:2])
     # Small images are enlarged by whole factors, so that pixels stay squares.
-    factor = -(-_SHORTEST_SIDE // side) if side < _SHORTEST_SIDE else 1
+    factor = min(-(-_SHORTEST_SIDE // side), max(1, _LONGEST_SIDE // max(colours.shape[:2])))
     if factor > 1:
         size = (image.width * factor, image.height * factor)
         image = image.resize(size, Image.Resampling.NEAREST)
@@ -162,7 +165,10 @@ def _in_colours(mask: np.ndarray, num_classes: int) -> np.ndarray:
 
 def _as_words(inputs: Tensor, shown: Inputs) -> str:
     if shown.decode is not None and inputs.ndim == 1 and not inputs.is_floating_point():
-        return shown.decode(inputs.tolist())[: 2 * _CONTEXT_LETTERS]
+        tokens = inputs.tolist()
+        while tokens and tokens[-1] == shown.pad_id:
+            tokens.pop()
+        return shown.decode(tokens)[: 2 * _CONTEXT_LETTERS]
     values = [f"{value:.4g}" for value in inputs.flatten()[:_MOST_COLUMNS].tolist()]
     names = shown.columns if inputs.ndim == 1 and shown.columns else []
     if len(names) == len(inputs):

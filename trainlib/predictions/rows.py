@@ -84,7 +84,7 @@ class Recorder:
         Args:
             sums: of each batch, [batches, num_sums].
         """
-        sums = sums.cpu().numpy().astype(np.float64)
+        sums = sums.cpu().numpy().astype(np.float64, copy=False)
         rows = sums[:, : self.batch_size * self.width].reshape(-1, self.width)
         found = {"rows": rows[: self.num_samples]}
         if self.num_positions:
@@ -97,7 +97,7 @@ def _of_class(task, output, target, valid):
     logits = task.pick(output)
     predicted = logits.argmax(1)
     confidence = logits.to(sum_dtype(logits.device)).softmax(1).gather(1, predicted[:, None])
-    return confidence, target.double().where(valid, _UNKNOWN), predicted
+    return confidence, target.to(confidence.dtype).where(valid, _UNKNOWN), predicted
 
 
 def _of_labels(task, output, target, valid):
@@ -177,11 +177,15 @@ def as_text(task: Task, row: int, numbers: Sequence[float]) -> list[Prediction]:
     return [Prediction(row, task.name, target, prediction, confidence, loss)]
 
 
-def is_mistake(task: Task, numbers: Sequence[float]) -> bool:
-    """Whether target and prediction differ where both are there; of numbers they always do."""
-    rest = numbers[2:]
-    pairs = zip(rest[: len(rest) // 2], rest[len(rest) // 2 :], strict=True)
-    return any(a == a and b == b and a != b for a, b in pairs)
+def are_mistakes(rows: np.ndarray) -> np.ndarray:
+    """[samples] bool: whether target and prediction differ where both are there; of numbers they
+    always do.
+
+    Args:
+        rows: [samples, width] as ``Recorder`` has them.
+    """
+    asked, said = np.split(rows[:, 2:], 2, axis=1)
+    return ((asked == asked) & (said == said) & (asked != said)).any(1)
 
 
 def _class_name(task: Task, numbers: Sequence[float]) -> str:
@@ -189,7 +193,7 @@ def _class_name(task: Task, numbers: Sequence[float]) -> str:
 
 
 def _label_names(task: Task, numbers: Sequence[float]) -> str:
-    return " ".join(str(name) for name, number in zip(task.label_names, numbers, strict=True)
+    return ", ".join(str(name) for name, number in zip(task.label_names, numbers, strict=True)
                     if number == 1)
 
 

@@ -20,6 +20,7 @@ from trainlib.runtime.restarts import refuse_restart
 from trainlib.runtime.signals import Preempted
 
 _EXIT, _LOCK, _LOG, _ENVIRONMENT = "exit.json", "run.lock", "log.txt", "environment.json"
+_OF_THE_END = ("predictions.csv", "loss_by_position.csv", "report.html")
 _CODES_OF_ANY_PROCESS = (UserError.exit_code, Preempted.exit_code)
 # Options that may differ when a run goes on: they change no weight. With these it says so.
 _FREE_OPTIONS = ("run_dir", "log.", "data.workers", "data.in_memory", "checkpoint.",
@@ -160,6 +161,9 @@ class RunFolder:
                 # A line that a power cut has torn goes, or the next one would be glued to it.
                 whole = file.read_bytes()[:size].rpartition(b"\n")
                 durable.write_bytes(file, whole[0] + whole[1])
+        for name in _OF_THE_END:  # of a run that was shorter, about weights that will be gone
+            (self.path / name).unlink(missing_ok=True)
+        durable.remove_folder(self.path / "examples")
         durable.write_text(self.path / "config.yaml", config)
         machine = describe_machine(accelerator)
         start = {"time": _now(), "step": step, "processes": machine["world_size"]}

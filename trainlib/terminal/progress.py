@@ -35,7 +35,7 @@ class RunProgress:
         numbers = dict.fromkeys(["train/loss", *self._shown], METRIC_WIDTH)
         self._table = Table({
             "step": len(str(total_steps)), "epoch": len(f"{total_steps * epochs_per_step:.2f}"),
-            **numbers, "samples/s": 7, "ETA": 5, "GiB": 4, "best": 4,
+            **numbers, "samples/s": 7, "ETA": 6, "GiB": 6, "best": 4,
         }, stacked=list(numbers), to_go=["GiB", "samples/s", "ETA"])
         self._said = -1
         self._loss: float | None = None

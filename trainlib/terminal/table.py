@@ -67,9 +67,9 @@ def metric(value: float) -> str:
     size = abs(value)
     if not math.isfinite(value):
         return str(value)
-    if size == 0 or 1e-3 <= size < 1e3:
+    if size == 0 or 1e-3 <= size < 999.99995:  # what rounds to 1000.0000 has a letter more
         return f"{value:.4f}"
-    return f"{value:.1f}" if 1e3 <= size < 1e6 else f"{value:.2e}"
+    return f"{value:.1f}" if 1e3 - 1 < size < 999_999.95 else f"{value:.2e}"
 
 
 def rate(value: float) -> str:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from trainlib.trackers.mirror import Trackers
 
 _MOST_CLASSES = 100  # of a chart: W&B draws no more than 10,000 rows
+_NAMES = ("task", "class")  # columns of per_class.csv, of which "7" and "007" are texts
 _CELLS = ("target", "prediction", "confidence", "loss", "row", "group")
 
 
@@ -42,7 +43,8 @@ def hand_over(trackers: Trackers, run: Path, pictures: Iterable[Path]) -> None:
     classes = _read_csv(run / "per_class.csv")
     if classes:
         trackers.table("per_class", list(classes[0]), [
-            [_as_number(cell) for cell in row.values()] for row in classes])
+            [cell if name in _NAMES else _as_number(cell) for name, cell in row.items()]
+            for row in classes])
     examples = _read_json(run / "examples" / "examples.json") or []
     for task in dict.fromkeys(entry["task"] for entry in examples):
         entries = [entry for entry in examples if entry["task"] == task]

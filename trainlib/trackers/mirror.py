@@ -180,11 +180,18 @@ class Trackers:
         self, names: Iterable[str], act: Callable[[Tracker], object], step: int | None = None
     ) -> None:
         """Adds what has these names to each tracker that does not have it at that step, or at the
-        last one, from before an interruption."""
+        last one, from before an interruption; what cannot be added costs no more than itself."""
         def add(tracker: Tracker) -> None:
             keys = dict.fromkeys(names, 0.0) | {"step": tracker.step if step is None else step}
-            if not tracker.has(keys):
+            # The end of a run is not part of its records: most trackers cannot tell.
+            is_there = tracker.has(keys) if step is not None or tracker.knows_keys else False
+            if is_there:
+                return
+            try:
                 act(tracker)
+            except (TypeError, ValueError, LookupError) as error:
+                self._say(f"tracker: {tracker.name} does not take {', '.join(names)} "
+                          f"({one_line(error)})")
 
         self._each("stopped", add)
 

@@ -28,6 +28,8 @@ class Tracker:
     """One tracker of one run; without more, Accelerate's for numbers, and none of the rest."""
 
     name: str
+    knows_keys = False
+    """Whether ``has`` tells, at the last step, what of it is there."""
 
     def __init__(self, folder: Path, options: LogOptions, first_step: int):
         """

@@ -48,6 +48,7 @@ class WeightsAndBiases(Tracker):
     """Weights & Biases, online where there is a key, else in files of the run folder."""
 
     name = "wandb"
+    knows_keys = True
 
     def __init__(self, folder: Path, options: LogOptions, first_step: int):
         super().__init__(folder, options, first_step)
@@ -193,14 +194,17 @@ def _last_written(folder: Path, run_id: str) -> tuple[int, set[str]]:
     Raises:
         OSError, ValueError, subprocess.SubprocessError: they cannot be read, or not in two minutes.
     """
-    for file in sorted(folder.glob(f"wandb/*run-*-{run_id}/run-{run_id}.wandb"), reverse=True):
+    files = folder.glob(f"wandb/*run-*-{run_id}/run-{run_id}.wandb")
+    # By time: run-20261124_... or offline-run-20261124_...
+    for file in sorted(files, key=lambda f: f.parent.name.removeprefix("offline-"), reverse=True):
         last, keys = -1, set()
         for item in _history(file):
             if item.get("step", -1) > last:
                 last, keys = item["step"], set()
-            # A histogram or a picture is shown as several keys: NAME._type and others.
+            # A histogram or a picture is shown as several keys, NAME._type and others, a chart as
+            # the table NAME_table.
             if item.get("step") == last:
-                keys |= {key.removesuffix("._type") for key in item}
+                keys |= {key.removesuffix("._type").removesuffix("_table") for key in item}
         if last >= 0:
             return last, keys
     return -1, set()
