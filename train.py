@@ -77,7 +77,6 @@ def main(arguments: list[str]) -> None:
     task_list = tasks.build_tasks(task_options, dataset.targets)
     augment = data.build_augment(options.data.augment, example, task_options)
     monitor = options.loop.monitor or tasks.default_monitor(task_list)
-    shown = tasks.headline(task_list)
     lower_is_better = check_monitor(monitor, tasks.metric_names(task_list))
     total_steps, eval_every, warmup_steps = plan_steps(
         options.loop, options.schedule.warmup, num_samples, batch.global_size
@@ -124,7 +123,7 @@ def main(arguments: list[str]) -> None:
     trackers = Trackers(accelerator, run_dir, options.log, config, state.step)
     run_log = RunLog(
         accelerator, run_dir, options.log, trackers, total_steps, batch.global_size, num_samples,
-        state.step, eval_every, shown, monitor,
+        state.step, eval_every, tasks.headline(task_list), monitor,
     )
     checkpoints.open(run_log.say, folder.check_lock)
     folder.at_exit = [checkpoints.wait, lambda: run_log.close(folder.exit_code)]
@@ -286,11 +285,12 @@ def main(arguments: list[str]) -> None:
             checkpoints.export("final", module, labels, state.results)
     checkpoints.finish()
     if not is_over:
-        raise runtime.Preempted(f"stopped by a signal at step {state.step} of {total_steps}: all "
-                                "is saved; run the same command again to go on")
+        requests.leave_if_stopped(state.step, total_steps)
     if options.log.report and state.best_results:
         checkpoints.load_best(module)
-        said = evaluate(module, validation, predictions.records(task_list, validation), accelerator)
+        records = predictions.records(task_list, validation)
+        said = evaluate(module, validation, records, accelerator, requests.agree)
+        requests.leave_if_stopped(state.step, total_steps)
         predictions.write(run_dir, said, task_list, dataset, module, options.log, run_log)
     run_log.summary(state, task_list, monitor, options.loop.patience)
     run_log.close()

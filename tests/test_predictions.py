@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from launching import train
+from launching import ROOT, launch, train
 from PIL import Image
+from warm import fork
 
 from trainlib.losses import LOSSES
 from trainlib.predictions.examples import _picture, choose
@@ -156,6 +157,36 @@ def test_a_run_does_not_fail_for_want_of_something_to_look_at(tmp_path, monkeypa
     script.main(["--run_dir", str(run), "--log.trackers", "[]", "--loop.duration", "5 steps"])
     assert "examples: not made (the tokenizer has gone)" in capsys.readouterr().out
     assert len(table(run)) == 360 and (run / "report.html").exists()
+
+
+def test_a_signal_in_the_last_pass_ends_it_and_the_same_command_makes_it(tmp_path):
+    flags = ["--run_dir", str(tmp_path / "run"), "--log.trackers", "[]", "--loop.duration",
+             "20 steps", "--batch.eval_size", "16"]
+    script = tmp_path / "signalled.py"
+    script.write_text(SIGNALLED.format(root=str(ROOT)))
+    stopped = launch(flags, script=str(script))
+    run = tmp_path / "run"
+    assert stopped.returncode == 75 and "stopped by a signal at step 20 of 20" in stopped.stderr
+    assert (run / "final").exists() and not (run / "predictions.csv").exists()
+    again = fork(flags)
+    assert again.returncode == 0 and len(table(run)) == 360 and (run / "report.html").exists()
+
+
+SIGNALLED = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+import train
+from trainlib import predictions, runtime
+
+statistics = predictions.Recorder.statistics
+
+def signalled(self, *arguments):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return statistics(self, *arguments)
+
+predictions.Recorder.statistics = signalled
+runtime.run(train.main)
+"""
 
 
 def test_texts_are_shown_without_what_fills_them_up(tmp_path):

@@ -196,10 +196,17 @@ class Requests:
         self.stop = self.stop or is_signalled
         return self.stop
 
-    def leave_if_stopped(self) -> None:
-        """Raises Preempted where all have agreed to stop and there is nothing to save."""
-        if self.stop:
+    def leave_if_stopped(self, step: int = 0, total_steps: int = 0) -> None:
+        """Raises Preempted where all have agreed to stop and there is nothing left to save.
+
+        Args:
+            step: that has been saved, of ``total_steps``; 0: none has been taken.
+        """
+        if self.stop and step == 0:
             raise Preempted("stopped by a signal before the first step")
+        if self.stop:
+            raise Preempted(f"stopped by a signal at step {step} of {total_steps}: all is saved; "
+                            "run the same command again to go on")
 
     def saved(self) -> None:
         """Notes that a checkpoint was taken: the clock starts again."""
