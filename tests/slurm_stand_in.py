@@ -58,7 +58,7 @@ def srun(words: list[str]) -> int:
         environment = os.environ | {"SLURM_NODEID": str(node), "SLURM_PROCID": str(node)}
         with open(output, "a") as file:
             tasks.append(subprocess.Popen(words[at:], env=environment, stdout=file, stderr=file))
-        ours = ("SLURM", "MAIN_", "NUM_")
+        ours = ("SLURM", "SRUN_", "MAIN_", "NUM_")
         (FOLDER / f"environment-{node}").write_text("\n".join(
             f"{k}={v}" for k, v in sorted(environment.items()) if k.startswith(ours)))
     TASKS.with_suffix(".new").write_text(" ".join(str(task.pid) for task in tasks))

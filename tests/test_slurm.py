@@ -26,10 +26,23 @@ PORT = 10000 + 4200042 % 20000
 LAUNCHER = """#!/bin/sh
 [ ! -e "$FOLDER/requeued" ] || exit 1
 for word; do run_dir=$word; done
+[ -z "$KILLED" ] || { rm -f "$run_dir/exit.json"; exit 137; }
 echo "$@" >> "$FOLDER/launched"
 mkdir -p "$run_dir"
 [ -z "$WORD" ] || echo '{"code": '$WORD', "reason": "", "step": 3}' > "$run_dir/exit.json"
 [ -z "$HANGS" ] || python "$HANGS"
+exit 1
+"""
+# Instead of accelerate: is always stopped, after so many tries that have saved something.
+STOPPED = """#!/bin/sh
+for word; do run_dir=$word; done
+echo try >> "$FOLDER/tries"
+tries=$(wc -l < "$FOLDER/tries")
+mkdir -p "$run_dir/checkpoints"
+[ "$tries" -gt "$SAVING" ] || mkdir -p "$run_dir$BESIDE/checkpoints/step_0000000$tries"
+[ "$tries" -lt 9 ] || exit 1
+rm -f "$run_dir/exit.json"
+echo '{"code": 75, "reason": "", "step": '$tries'}' > "$run_dir/exit.json"
 exit 1
 """
 # A process behind a launcher that ignores signals: so does a child until it says otherwise.
@@ -149,6 +162,52 @@ def test_an_exit_code_of_an_earlier_try_does_not_count(tmp_path, cluster, submit
     job = submit(cluster | {"WORD": ""}, 1, 1)  # as if it had been killed before it began
     output = job.communicate(timeout=60)[0]
     assert job.returncode == 1 and times_requeued(tmp_path) == 0, output
+
+
+def test_a_run_that_is_killed_after_it_has_begun_ends_with_the_launchers_code(
+    tmp_path, cluster, submit
+):
+    """It takes the exit.json of an earlier try away when it opens its folder."""
+    program(tmp_path / "bin" / "accelerate", LAUNCHER)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "exit.json").write_text('{"code": 75, "reason": "", "step": 3}\n')
+    job = submit(cluster | {"WORD": "", "KILLED": "yes"}, 1, 1)
+    output = job.communicate(timeout=60)[0]
+    assert job.returncode == 137 and times_requeued(tmp_path) == 0, output
+    assert "exit code 137" in output
+
+
+@pytest.mark.parametrize("saving, script", [(0, "train.py"), (2, "train.py"), (2, "distill.py")])
+def test_a_run_that_saves_nothing_is_not_queued_again_for_ever(
+    tmp_path, cluster, submit, saving, script
+):
+    program(tmp_path / "bin" / "accelerate", STOPPED)
+    variables = {"SCRIPT": script, "BESIDE": "_alone" if script == "distill.py" else ""}
+    for _ in range(2):  # a job that is submitted anew has all its tries again
+        job = submit(cluster | variables | {"SAVING": str(saving)}, 1, 1)
+        output = job.communicate(timeout=60)[0]
+        tries = (tmp_path / "tries").read_text().count("try")
+        assert job.returncode == 75 and tries == saving + 3, output
+        assert times_requeued(tmp_path) == tries - 1
+        assert output.count("not queued again: 3 tries in a row") == 1
+        for file in ("tries", "requeued"):
+            (tmp_path / file).unlink()
+        saving = 0
+
+
+@pytest.mark.parametrize("words", [["--run_dir", "{}/mine"], ["--run_dir={}/mine"]])
+def test_a_run_dir_among_the_flags_counts_and_tasks_of_an_array_have_one_each(
+    tmp_path, cluster, submit, words
+):
+    program(tmp_path / "bin" / "accelerate", LAUNCHER)
+    words = [word.format(tmp_path) for word in words]
+    variables = {"WORD": "0", "SLURM_ARRAY_TASK_ID": "7", "SLURM_CPUS_PER_TASK": "12"}
+    job = submit(cluster | variables, 1, 1, *words)
+    assert job.wait(timeout=60) == 0
+    assert (tmp_path / "launched").read_text().endswith(f" --run_dir {tmp_path}/mine-7\n")
+    assert (tmp_path / "mine-7" / "exit.json").exists() and not (tmp_path / "run").exists()
+    assert (tmp_path / "mine-7-logs" / "node-0-node0.log").exists()
+    assert "SRUN_CPUS_PER_TASK=12" in (tmp_path / "environment-0").read_text()
 
 
 @pytest.mark.parametrize("flags, requeued", [([], 0), (["--signal=USR1"], 1)])
