@@ -64,7 +64,8 @@ class TrainOptions(Options):
 def main(arguments: list[str]) -> None:
     # ---- options and machine ----
     options = read(TrainOptions, arguments, __doc__)
-    folder = runtime.RunFolder(Path(options.run_dir or f"runs/{recipe_name(arguments)}"))
+    run_dir = Path(options.run_dir or f"runs/{recipe_name(arguments)}")
+    folder = runtime.RunFolder(run_dir, options.dry_run)
     accelerator = runtime.make_accelerator(options.deterministic, options.cpu_threads)
     device, world_size, batch = accelerator.device, accelerator.num_processes, options.batch
 
@@ -100,17 +101,16 @@ def main(arguments: list[str]) -> None:
     try_model(module, example[:smallest], some_targets, task_list)
     notes += sharding.place(module, accelerator, options.model.sync_batch_norm)
     optimizer = optim.build_optimizer(options.optim, module)
-    preflight.stop_if_dry_run(options, accelerator, folder.path, module, optimizer, total_steps)
 
     # ---- run folder: nothing is written before everything above has been accepted ----
-    run_dir = folder.path
     config = to_yaml(options.model_copy(update={
         "data": options.data.model_copy(update={"input": dataset.inputs}),
         "model": model_options, "tasks": task_options,
         "loop": options.loop.model_copy(update={"monitor": monitor}),
     }))
-    labels = tasks.labels(task_list)
-    fingerprint = data.fingerprint(dataset)
+    labels, fingerprint = tasks.labels(task_list), data.fingerprint(dataset)
+    preflight.stop_if_dry_run(options, accelerator, folder, config, fingerprint, module, optimizer,
+                              total_steps)
     folder.open(accelerator, config, fingerprint, options.checkpoint.steal_lock)
     checkpoints = Checkpoints(
         run_dir, accelerator, options.checkpoint, total_steps, num_samples,

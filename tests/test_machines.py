@@ -18,6 +18,7 @@ import psutil
 import pytest
 from launching import ROOT, assert_same_run, train
 from machines import HERE, PAUSED, RECOVERS, switched_off, two_machines
+from warm import fork
 
 from trainlib.runtime import RunFolder
 from trainlib.runtime.restarts import NotRestarted
@@ -174,3 +175,43 @@ def test_a_machine_is_lost_and_replaced(tmp_path, machines, paused, undisturbed)
     replacement = machines[1].torchrun(machines[0], 29500, "2", paused)
     output = first.communicate(timeout=200)[0] + replacement.communicate(timeout=60)[0]
     assert_restarted_to(run, undisturbed, 2, said + output)
+
+
+# The second process alone finds its memory full, in a call of one method of torch's modules.
+FULL = """import os, runpy, sys
+import torch
+calls, method = [], torch.nn.{method}
+def full(*arguments, **named):
+    calls.append(1)
+    if os.environ["RANK"] == "1" and len(calls) > {calls}:
+        raise {error}
+    return method(*arguments, **named)
+torch.nn.{method} = full
+sys.path.insert(0, {root!r})
+runpy.run_path({root!r} + "/train.py", run_name="__main__")
+"""
+CUDA_ERROR = ('torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a '
+              'total capacity of 9.00 GiB. See documentation for Memory Management")')
+
+
+@pytest.mark.parametrize("error, method, calls, words", [
+    (CUDA_ERROR, "Linear.forward", 60,
+     "CUDA out of memory. Tried to allocate 2.50 GiB; cut the model over"),
+    (CUDA_ERROR, "Module.to", 0,
+     "CUDA out of memory. Tried to allocate 2.50 GiB; cut the model over"),
+    ("MemoryError()", "Linear.forward", 60,
+     "the machine's memory is full; set --data.in_memory false"),
+])
+def test_too_little_memory_on_one_process_ends_with_code_6_and_advice(
+    tmp_path, error, method, calls, words
+):
+    script, run = tmp_path / "full.py", tmp_path / "run"
+    script.write_text(FULL.format(error=error, method=method, calls=calls, root=str(ROOT)))
+    result = fork(["--run_dir", str(run), *LENGTH, *QUIET], 2, str(script))
+    assert result.returncode == 6, result.stderr
+    assert f"[rank 1] train.py: {words}" in result.stderr and "Management" not in result.stderr
+    if calls:
+        end = json.loads((run / "exit.json").read_text())
+        assert end["code"] == 6 and end["reason"].startswith(words)
+    else:  # before the run has taken its folder
+        assert not run.exists()

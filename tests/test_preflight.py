@@ -3,14 +3,16 @@
 import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from launching import load, recipes
+from launching import load, recipes, train
 from warm import fork
 
 from train import TrainOptions
 from trainlib import config, models, plan, preflight
+from trainlib.runtime.lock import RunLock
 
 # A process of its own mind: the last words differ by rank.
 MINDS = """import os, runpy, sys
@@ -102,8 +104,61 @@ def test_a_run_folder_that_cannot_be_written_is_named():
 
 def test_a_run_folder_with_files_stays_as_it_is(tmp_path):
     (tmp_path / "thesis.txt").write_text("precious")
-    assert dry_run(tmp_path).returncode == 0
+    result = dry_run(tmp_path)
+    assert result.returncode == 2 and "holds files but no run" in result.stderr
     assert os.listdir(tmp_path) == ["thesis.txt"]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_a_folder_that_the_run_would_refuse_is_refused_in_the_same_words(tmp_path):
+    run = train(tmp_path / "run", "--loop.duration", "3 steps")
+    flags, before = ["--loop.duration", "3 steps", "--optim.lr", "0.5"], contents(run)
+    planned, real = dry_run(run, *flags), fork(["--run_dir", str(run), *flags])
+    assert planned.returncode == real.returncode == 2
+    assert "holds the run of another recipe: optim.lr" in planned.stderr
+    assert planned.stderr == real.stderr
+    assert dry_run(run, "--loop.duration", "6 steps", processes=2).returncode == 0
+    assert contents(run) == before
+
+
+def test_a_folder_in_use_is_refused_and_stays_locked(tmp_path):
+    lock = RunLock(tmp_path / "run.lock", False, print)
+    try:
+        before = contents(tmp_path)
+        result = dry_run(tmp_path)
+        assert result.returncode == 2 and f"{tmp_path} is in use" in result.stderr
+        assert dry_run(tmp_path, "--checkpoint.steal_lock").returncode == 0
+        assert contents(tmp_path) == before
+    finally:
+        lock.release()
+
+
+@pytest.mark.parametrize("mind, words", [
+    ('sys.argv += ["--optim.lr", "0.5"]', "the processes were given different options"),
+    (f'sys.path.insert(0, {ROOT!r}); from trainlib import data; data.fingerprint = str',
+     "the processes see different data"),
+], ids=["options", "data"])
+def test_processes_that_differ_are_refused(tmp_path, mind, words):
+    script = tmp_path / "minds.py"
+    script.write_text(MINDS.format(mind=mind, root=ROOT))
+    result = dry_run(tmp_path / "run", processes=2, script=str(script))
+    assert result.returncode == 2 and words in result.stderr, result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_signal_leaves_nothing(tmp_path):
+    script = tmp_path / "signalled.py"
+    script.write_text(f"""import os, runpy, signal, sys
+sys.path.insert(0, {ROOT!r})
+from trainlib import data
+data.load = lambda *_: os.kill(os.getpid(), signal.SIGTERM)
+runpy.run_path({ROOT!r} + "/train.py", run_name="__main__")
+""")
+    assert dry_run(tmp_path / "run", script=str(script)).returncode == 75
+    assert os.listdir(tmp_path) == ["signalled.py"]
 
 
 def test_mistakes_in_options_are_found_as_in_a_run(tmp_path):
@@ -122,3 +177,27 @@ def test_what_does_not_fit_is_said():
     assert preflight._misfits([small, large], [fits, is_full]) == []
     assert "process 0," in preflight._misfits([small, large], [is_full, is_full])[0]
     assert "processes 0, 2," in preflight._misfits([large] * 3, [{}, fits, {}])[0]
+
+
+def test_one_process_without_room_for_gradients_does_not_hold_up_the_others(tmp_path):
+    script = tmp_path / "minds.py"
+    mind = """import torch
+    def full(*_, **__): raise torch.OutOfMemoryError("full")
+    torch.zeros_like = full"""
+    script.write_text(MINDS.format(mind=mind, root=ROOT))
+    result = dry_run(tmp_path / "run", processes=2, script=str(script))
+    assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
+    assert "model: it does not fit on the device of process 1," in result.stderr
+
+
+def test_offloaded_parts_are_not_held_against_the_memory_of_the_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "small")
+    monkeypatch.setattr(torch.cuda, "get_device_properties",
+                        lambda _: SimpleNamespace(total_memory=100))
+    gpu = SimpleNamespace(device=torch.device("cuda"), mixed_precision="no")
+    memory = {"parameters": 101}
+    for is_offloaded in (False, True):
+        world = [preflight._describe_process(gpu, is_offloaded)]
+        assert bool(preflight._misfits(world, [memory])) != is_offloaded
+        words = preflight._memory_lines(memory, is_offloaded)[0]
+        assert ("in host memory" in words) == is_offloaded

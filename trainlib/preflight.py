@@ -28,18 +28,22 @@ from trainlib.config import UserError
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from trainlib.runtime import RunFolder
+
 _CODE = Path(__file__).resolve().parent
 _PROBE_SECONDS = 5.0  # in which a network folder shows what another machine has written
 
 
 def stop_if_dry_run(
-    options: Any, accelerator: Accelerator, run_dir: Path, module: nn.Module,
-    optimizer: torch.optim.Optimizer, total_steps: int,
+    options: Any, accelerator: Accelerator, folder: RunFolder, config: str, data_fingerprint: str,
+    module: nn.Module, optimizer: torch.optim.Optimizer, total_steps: int,
 ) -> None:
     """Where ``options.dry_run`` is set, prints what would run and ends the process.
 
     Args:
-        options: a script's; ``dry_run``, ``batch`` and ``optim`` are read.
+        options: a script's; ``dry_run``, ``batch``, ``optim`` and ``checkpoint`` are read.
+        folder: of the run; it is not opened.
+        config: the run's, as YAML.
         module: on its device, whole or cut, not prepared yet; its gradients are overwritten.
         optimizer: takes a step with gradients of 0, which makes its state.
 
@@ -50,26 +54,35 @@ def stop_if_dry_run(
     if not options.dry_run:
         return
     device = accelerator.device
-    world = agreement.from_all(_describe_process(accelerator), device)
-    mistakes = [*_differences(world), *_probe_folder(run_dir, device)]
+    is_offloaded = all(parameter.device.type != device.type for parameter in module.parameters())
+    world = agreement.from_all(_describe_process(accelerator, is_offloaded), device)
+    mistakes = [*_differences(world), *_probe_folder(folder.path, device)]
+    steal_lock = options.checkpoint.steal_lock
+    mistakes += folder.examine(accelerator, config, data_fingerprint, steal_lock)
     memory = _memory(options, accelerator, module, optimizer)
     mistakes += _misfits(world, agreement.from_all(memory, device))
     if accelerator.is_main_process:
         lines = [*_launch_lines(accelerator, world), *_batch_lines(options, accelerator),
-                 f"steps       {total_steps}", f"run folder  {run_dir}", *_memory_lines(memory)]
+                 f"steps       {total_steps}", f"run folder  {folder.path}",
+                 *_memory_lines(memory, is_offloaded)]
         print("\n".join(["dry run: nothing is trained", *lines]), flush=True)
     if mistakes:
         raise UserError("\n".join(mistakes))
     raise SystemExit(0)
 
 
-def _describe_process(accelerator: Accelerator) -> dict[str, Any]:
+def _describe_process(accelerator: Accelerator, is_offloaded: bool) -> dict[str, Any]:
+    """
+    Args:
+        is_offloaded: nothing that is counted lies on the device.
+    """
     device = accelerator.device
     is_cuda = device.type == "cuda"
     return {
         "host": socket.gethostname(),
         "device": torch.cuda.get_device_name(device) if is_cuda else device.type,
-        "device_bytes": torch.cuda.get_device_properties(device).total_memory if is_cuda else None,
+        "device_bytes": torch.cuda.get_device_properties(device).total_memory
+        if is_cuda and not is_offloaded else None,
         "versions": {
             "python": platform.python_version(), "torch": torch.__version__,
             "accelerate": accelerate.__version__, "numpy": numpy.__version__,
@@ -153,11 +166,13 @@ def _memory(
     """Bytes that this process holds of what grows with the model; empty where there is no room."""
     world_size, batch = accelerator.num_processes, options.batch
     trained = [p for p in module.parameters() if p.requires_grad]
-    for parameter in trained:
-        parameter.grad = torch.zeros_like(parameter)
     try:
+        for parameter in trained:
+            parameter.grad = torch.zeros_like(parameter)
         optimizer.step()  # the state of any optimizer is known when it is there
     except torch.OutOfMemoryError:
+        for parameter in trained:
+            parameter.grad = None  # the words with the other processes need some
         return {}
     gradients = sum(p.grad.nbytes for p in trained)
     state = sum(value.nbytes for slots in optimizer.state.values() for value in slots.values()
@@ -219,11 +234,12 @@ def _batch_lines(options: Any, accelerator: Accelerator) -> list[str]:
     return lines if idle is None else [*lines, f"            {idle}"]
 
 
-def _memory_lines(memory: dict[str, int]) -> list[str]:
+def _memory_lines(memory: dict[str, int], is_offloaded: bool) -> list[str]:
     if not memory:
         return ["memory      more than there is"]
     parts = ", ".join(f"{name} {_size(number)}" for name, number in memory.items() if number)
-    return [f"memory      {_size(sum(memory.values()))} on each process: {parts}",
+    where = "in host memory for each process" if is_offloaded else "on each process"
+    return [f"memory      {_size(sum(memory.values()))} {where}: {parts}",
             "            not counted: activations, data kept in memory, libraries, fragmentation"]
 
 

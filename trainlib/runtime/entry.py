@@ -12,9 +12,15 @@ import torch
 
 from trainlib import terminal
 from trainlib.config import UserError, is_first_process
-from trainlib.runtime.folder import RunFolder
+from trainlib.runtime.folder import OUT_OF_MEMORY, RunFolder
 from trainlib.runtime.restarts import leave_word, refuse_repetition
 from trainlib.runtime.signals import Preempted, Signals
+
+
+class OutOfMemory(Exception):
+    """There is too little memory for this run: exit code 6."""
+
+    exit_code = OUT_OF_MEMORY
 
 
 def run(main: Callable[[list[str]], None]) -> None:
@@ -36,6 +42,7 @@ def run(main: Callable[[list[str]], None]) -> None:
     except (Exception, KeyboardInterrupt) as error:
         signals.end()
         terminal.end()
+        error = _advised(error)
         code, reason = getattr(error, "exit_code", 1), str(error)
         if code == 1 and signals.received is not None:
             # A signal to all processes may end another one, or a library, before this one.
@@ -44,7 +51,8 @@ def run(main: Callable[[list[str]], None]) -> None:
         with suppress(OSError):  # the terminal may have gone away
             if code == 1:
                 sys.stderr.write(traceback.format_exc())
-            elif is_first_process() or (code == UserError.exit_code and RunFolder.has_begun()):
+            elif (is_first_process() or code == OUT_OF_MEMORY  # each has a memory of its own
+                  or (code == UserError.exit_code and RunFolder.has_begun())):
                 print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
             elif code != Preempted.exit_code:
                 time.sleep(3)  # the launcher ends all when one ends: the first has yet to speak
@@ -66,3 +74,20 @@ def run(main: Callable[[list[str]], None]) -> None:
     if is_distributed or (RunFolder.current is not None and RunFolder.current.has_abandoned):
         os._exit(code)
     sys.exit(code)
+
+
+def _advised(error: BaseException) -> BaseException:
+    """The error, or in place of one of memory one with a line of advice."""
+    if isinstance(error, torch.OutOfMemoryError):
+        # What it tried to allocate; behind that follow lines about the allocator.
+        what = ". ".join(str(error).split(". ")[:2]).strip().rstrip(".")
+        return OutOfMemory(
+            f"{what or 'out of memory'}; cut the model over the processes "
+            "(accelerate_configs/fsdp2.yaml), or begin a run in another --run_dir with a smaller "
+            "--batch.micro_size or with --model.gradient_checkpointing"
+        )
+    if isinstance(error, MemoryError):
+        what = f" ({error})" if str(error) else ""
+        return OutOfMemory(f"the machine's memory is full{what}; set --data.in_memory false, or "
+                           "take fewer --data.workers or fewer processes on a machine")
+    return error

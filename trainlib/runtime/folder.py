@@ -4,10 +4,10 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from accelerate import Accelerator
 
@@ -15,13 +15,14 @@ from trainlib import agreement, durable, terminal
 from trainlib.config import UserError, flatten, is_first_process, parse_yaml
 from trainlib.credentials import redact
 from trainlib.runtime.lock import RunLock, may_be_held
-from trainlib.runtime.machine import describe_machine
+from trainlib.runtime.machine import describe_machine, now, read_json
 from trainlib.runtime.restarts import refuse_restart
 from trainlib.runtime.signals import Preempted
 
 _EXIT, _LOCK, _LOG, _ENVIRONMENT = "exit.json", "run.lock", "log.txt", "environment.json"
 _OF_THE_END = ("predictions.csv", "loss_by_position.csv", "report.html")
-_CODES_OF_ANY_PROCESS = (UserError.exit_code, Preempted.exit_code)
+OUT_OF_MEMORY = 6  # the exit code
+_CODES_OF_ANY_PROCESS = (UserError.exit_code, Preempted.exit_code, OUT_OF_MEMORY)
 # Options that may differ when a run goes on: they change no weight. With these it says so.
 _FREE_OPTIONS = ("run_dir", "log.", "data.workers", "data.in_memory", "checkpoint.",
                  "distill.cache_dir", "distill.baseline")
@@ -35,14 +36,17 @@ class RunFolder:
 
     current: "RunFolder | None" = None
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, is_dry_run: bool = False):
         """Names the folder; nothing is written before ``open``.
+
+        Args:
+            is_dry_run: it is not opened; a signal then leaves nothing there either.
 
         Raises:
             NotRestarted: an elastic launcher starts a run again that has ended for good.
         """
         refuse_restart(path / _EXIT)
-        self.path, self.is_main = path, is_first_process()
+        self.path, self.is_main, self._is_dry_run = path, is_first_process(), is_dry_run
         self.step = self.exit_code = 0
         self.notes: list[str] = []
         """Lines for the log."""
@@ -67,12 +71,9 @@ class RunFolder:
             SystemExit: this very run has finished there; exit code 0.
         """
         device = accelerator.device
-        if not agreement.is_same_everywhere(_shared_options(config), device):
-            raise UserError("the processes were given different options; start all with one recipe "
-                            "and the same flags")
-        if not agreement.is_same_everywhere(data_fingerprint, device):
-            raise UserError("data.source: the processes see different data; every machine needs "
-                            "the same rows in the same order")
+        differences = _differences(config, data_fingerprint, device)
+        if differences:
+            raise UserError("\n".join(differences))
         outcome: dict[str, Any] = {}
         if self.is_main:
             try:
@@ -87,6 +88,29 @@ class RunFolder:
                 print(outcome["finished"])
             raise SystemExit(0)
         self._is_open = True
+
+    def examine(
+        self, accelerator: Accelerator, config: str, data_fingerprint: str, steal_lock: bool
+    ) -> list[str]:
+        """A line for each thing that ``open`` would refuse; nothing is taken or written.
+
+        A lock of another machine counts as held: only ``open`` watches whether its owner lives.
+        """
+        found = None
+        if self.is_main:
+            try:
+                self._check(config)
+                if not steal_lock and may_be_held(self.path / _LOCK):
+                    found = (f"run_dir: {self.path} is in use ({_LOCK}); wait for that run, choose "
+                             "another --run_dir, or, if you know that it is dead, give "
+                             "--checkpoint.steal_lock")
+            except UserError as error:
+                found = str(error)
+            except OSError as error:
+                found = f"run_dir: {self.path} cannot be read ({error.strerror})"
+        found = agreement.from_main(found, accelerator.device)
+        differences = _differences(config, data_fingerprint, accelerator.device)
+        return differences if found is None else [*differences, found]
 
     def _take(self, config: str, steal_lock: bool) -> dict[str, str]:
         try:
@@ -166,8 +190,8 @@ class RunFolder:
         durable.remove_folder(self.path / "examples")
         durable.write_text(self.path / "config.yaml", config)
         machine = describe_machine(accelerator)
-        start = {"time": _now(), "step": step, "processes": machine["world_size"]}
-        machine["starts"] = [*_read(self.path / _ENVIRONMENT).get("starts", []), start]
+        start = {"time": now(), "step": step, "processes": machine["world_size"]}
+        machine["starts"] = [*read_json(self.path / _ENVIRONMENT).get("starts", []), start]
         self.write(_ENVIRONMENT, machine)
         terminal.log_to(self.path / _LOG)
 
@@ -230,15 +254,17 @@ class RunFolder:
         if self._is_open:
             may_write = not file.exists() and (self.is_main or code in _CODES_OF_ANY_PROCESS)
         else:
-            may_write = code == _CODES_OF_ANY_PROCESS[-1] and self._may_leave_word()
+            may_write = code == Preempted.exit_code and self._may_leave_word()
         if may_write:
             self.path.mkdir(parents=True, exist_ok=True)
-            entry = {"code": code, "reason": redact(reason), "step": self.step, "time": _now()}
+            entry = {"code": code, "reason": redact(reason), "step": self.step, "time": now()}
             durable.write_text(file, json.dumps(entry) + "\n")
 
     def _may_leave_word(self) -> bool:
         """Whether a run that is stopped before it begins may say so: the folder is new, or that of
         a run that nobody goes on with at the moment and that has not finished."""
+        if self._is_dry_run:
+            return False
         if not self.path.exists():
             return True
         is_locked = self._lock is None and may_be_held(self.path / _LOCK)
@@ -261,20 +287,19 @@ class RunFolder:
                    for file in self.path.iterdir())
 
     def _former_exit(self) -> dict[str, Any]:
-        return _read(self.path / _EXIT)
+        return read_json(self.path / _EXIT)
 
 
-def _read(file: Path) -> dict[str, Any]:
-    """A mapping of JSON; nothing where it is missing or damaged."""
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return record if isinstance(record, dict) else {}
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
+def _differences(config: str, data_fingerprint: str, device: torch.device) -> list[str]:
+    """A line each if the processes have been given different recipes, and different data."""
+    lines = []
+    if not agreement.is_same_everywhere(_shared_options(config), device):
+        lines.append("the processes were given different options; start all with one recipe and "
+                     "the same flags")
+    if not agreement.is_same_everywhere(data_fingerprint, device):
+        lines.append("data.source: the processes see different data; every machine needs the same "
+                     "rows in the same order")
+    return lines
 
 
 def _shared_options(config: str) -> str:

@@ -5,13 +5,16 @@ each of these pass in silence and trains something else than was asked for.
 """
 
 import ctypes
+import json
 import os
 import platform
 import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import accelerate
 import torch
@@ -148,3 +151,17 @@ def describe_machine(accelerator: Accelerator) -> dict:
         "mixed_precision": accelerator.mixed_precision,
         "deterministic": torch.are_deterministic_algorithms_enabled(),
     }
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A mapping of JSON; nothing where it is missing or damaged."""
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def now() -> str:
+    """The time in UTC, as ISO 8601 has it, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")

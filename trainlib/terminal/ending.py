@@ -6,7 +6,7 @@ from pathlib import Path
 _RESULTS = ("best", "final", "distillation.json")
 _RECORDS = ("metrics.jsonl", "bad_steps.jsonl", "log.txt")
 _SUFFIXES = (".html", ".png", ".csv")
-_FINISHED, _MISTAKE, _DIVERGED, _NOT_WRITTEN = 0, 2, 3, 4
+_FINISHED, _MISTAKE, _DIVERGED, _NOT_WRITTEN, _OUT_OF_MEMORY = 0, 2, 3, 4, 6
 
 
 def ending(folder: Path, exit_code: int) -> str:
@@ -28,8 +28,8 @@ def ending(folder: Path, exit_code: int) -> str:
 def _next(folder: Path, exit_code: int, has_checkpoint: bool) -> list[str]:
     if exit_code == _FINISHED:
         return [f"compare it: python -m trainlib.plots {shlex.quote(str(folder))} OTHER_RUN"]
-    if exit_code == _MISTAKE:
-        return []  # the mistake's own line says what to do
+    if exit_code in (_MISTAKE, _OUT_OF_MEMORY):
+        return []  # whose own line says what to do
     if exit_code == _DIVERGED:
         return ["next:       a lower --optim.lr, with another --run_dir"]
     if exit_code == _NOT_WRITTEN:
