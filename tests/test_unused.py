@@ -68,6 +68,30 @@ def test_where_ddp_would_wait_for_it_the_run_ends_with_what_to_do(tmp_path, net)
         assert part in result.stderr
 
 
+FIRST = """
+from torch import nn
+class Net(nn.Module):
+    def __init__(self, inputs, classes):
+        super().__init__()
+        self.used, self.extra = nn.Linear(inputs, classes), nn.Linear(inputs, classes)
+        self.number = 0
+    def forward(self, inputs):
+        self.number += 1
+        out = self.used(inputs.flatten(1))
+        return out + self.extra(inputs.flatten(1)) if self.number % 2 else out
+"""
+
+
+def test_a_parameter_that_the_last_micro_batch_leaves_out_is_as_unused_to_ddp(tmp_path):
+    (tmp_path / "net.py").write_text(FIRST)
+    flags = [*SHORT, "--model.name", f"{tmp_path / 'net.py'}:Net", "--batch.exact_sum", "false"]
+    result = fork(["--run_dir", str(tmp_path / "run"), *flags], 2)  # 2 x 2 micro-batches
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert "no gradient reached extra.weight, extra.bias, and DDP waits" in result.stderr
+    result = fork(["--run_dir", str(tmp_path / "all"), *SHORT, "--batch.exact_sum", "false"], 2)
+    assert json.loads((tmp_path / "all" / "exit.json").read_text())["code"] == 0, result.stderr
+
+
 RESNET = ["--model.name", "resnet", "--model.args.width", "8", "--model.sync_batch_norm", "true"]
 
 

@@ -59,10 +59,13 @@ class StepSums:
         self.sums_gradients = exact and (self.world_size > 1 or micro_steps > 1)
         self.reduces_elsewhere = self.world_size > 1 and not self.sums_gradients
         self._ddp_reduces = self.reduces_elsewhere and not self.is_sharded
+        # DDP reduces what the last micro-batch reached: what only earlier ones did must not pass.
+        self._compares = self._ddp_reduces and micro_steps > 1
         gradients = self.parameters if self.sums_gradients else []
+        num_flags = len(self.parameters) if self.sums_gradients or self.is_sharded else 0
         # A parameter may get no gradient in a step; the optimizer must then leave it alone, on
         # every process: one flag each says on how many processes it got one.
-        lengths = [*sizes.values(), len(gradients), *(p.numel() for p in gradients)]
+        lengths = [*sizes.values(), num_flags, *(p.numel() for p in gradients)]
         device = accelerator.device
         self.vector = torch.zeros(sum(lengths), dtype=sum_dtype(device), device=device)
         parts = self.vector.split(lengths)
@@ -74,6 +77,7 @@ class StepSums:
             part.as_strided(p.shape, torch.empty_like(p, device="meta").stride())
             for part, p in zip(parts[len(sizes) + 1 :], gradients, strict=True)
         ]
+        self._reached = shards.Reached(model, self._names) if self.is_sharded else None
 
     def __getitem__(self, name: str) -> Tensor:
         """One named part: this process's sum before ``reduce``, everyone's after it."""
@@ -83,10 +87,14 @@ class StepSums:
         """Starts a step."""
         self.vector.zero_()
         self._has_all = False
+        if self._reached is not None:
+            self._reached.names.clear()
 
     def no_sync(self, is_last: bool) -> AbstractContextManager:
         """Keeps DDP from reducing: always for the exact sum, else on all but the last backward, as
         FSDP2 is kept."""
+        if is_last and self._compares:
+            self._before = [_state(p.grad) for p in self.parameters]
         if self.is_sharded:  # on one process, too, where it has to write the parts
             return _NO_CONTEXT if is_last else shards.unsynced(self.model)
         if self.world_size == 1 or (is_last and self.reduces_elsewhere):
@@ -99,6 +107,8 @@ class StepSums:
         A repeated micro-batch counts for nothing. Should its gradient be NaN, 0 * NaN stays NaN;
         but then the process that owns it has the same NaN, and the step is skipped in any case.
         """
+        if self._reached is not None:
+            self._reached.counts = is_real
         if not self.reduces_elsewhere:
             return loss
         return loss * (self.world_size if is_real else 0)
@@ -130,10 +140,18 @@ class StepSums:
         """Sums the vector over all processes and writes the exact gradients, cast once.
 
         Raises:
-            UserError: no gradient reached a parameter for which DDP waits.
+            UserError: no gradient reached a parameter for which DDP waits, or one reached it on
+                some processes only, where torch's FSDP2 cannot sum that.
         """
+        if self.is_sharded:
+            self._reduce_sharded()
+            return
         if not self.sums_gradients and (self._is_first or self._ddp_reduces):
-            self._look_for_unused({i for i, p in enumerate(self.parameters) if p.grad is None})
+            unused = {i for i, p in enumerate(self.parameters) if p.grad is None}
+            if self._compares:
+                unused |= {i for i, (p, before) in enumerate(
+                    zip(self.parameters, self._before, strict=True)) if _state(p.grad) == before}
+            self._look_for_unused(unused)
         if self.world_size > 1:
             torch.distributed.all_reduce(self.vector)
         if not self.sums_gradients:
@@ -149,6 +167,38 @@ class StepSums:
             zip(self.parameters, self._gradients, strict=True)
         ):
             parameter.grad = None if index in unused else total.to(parameter.dtype)
+
+    def _reduce_sharded(self) -> None:
+        """FSDP2 has summed the gradients, with 0 where none was: that becomes none again."""
+        fills = shards.fills_unused(self.model)
+        if fills:
+            used = [i for i, name in enumerate(self._names) if name in self._reached.names]
+        else:
+            used = [i for i, p in enumerate(self.parameters) if p.grad is not None]
+        has_all = len(used) == len(self.parameters)
+        if has_all:
+            self._used.fill_(1)
+        else:
+            self._used[used] = 1
+        if self.world_size > 1:
+            torch.distributed.all_reduce(self.vector)
+        if has_all and fills:
+            self._is_first = False
+            return
+        numbers = self._used.tolist()
+        if not fills:
+            some = [name for name, n in zip(self._names, numbers, strict=True)
+                    if 0 < n < self.world_size]
+            if some:
+                raise UserError(
+                    f"FSDP2: a gradient reached {', '.join(some[:_SHOWN])} on some processes only, "
+                    f"which torch {torch.__version__} adds up wrongly: take a newer torch, or use "
+                    "every parameter in every micro-batch")
+        unused = {i for i, number in enumerate(numbers) if number == 0}
+        if self._is_first:
+            self._look_for_unused(unused)
+        for index in unused:
+            self.parameters[index].grad = None
 
     def _look_for_unused(self, unused: set[int]) -> None:
         """Names parameters without a gradient: once, or where DDP would hang, in an error."""
@@ -166,3 +216,8 @@ class StepSums:
             )
         self._say(f"no gradient reached {shown} in the first step: what gets none stays as it is; "
                   f"if that is meant, {freeze} says so")
+
+
+def _state(gradient: Tensor | None) -> tuple[int, int]:
+    """Changes whenever a backward adds to the gradient, which is kept alive by its parameter."""
+    return (0, 0) if gradient is None else (id(gradient), gradient._version)

@@ -103,6 +103,10 @@ def _cut(module: nn.Module, accelerator: Accelerator) -> str:
                     reshard_after_forward=plugin.reshard_after_forward)
     fully_shard(module, mp_policy=policy(output_dtype=torch.float32 if in_bf16 else None),
                 **settings)
+    if shards.fills_unused(module):
+        # Or torch adds one process's gradient of one parameter to another's of the next, where
+        # the processes used different ones. For all units at once.
+        module.set_reduce_scatter_unused_params(True)
     here = sum(shards.local(p).numel() for p in module.parameters())
     units = " and ".join(f"{number} x {kind}" for kind, number in kinds.items()) or "no blocks"
     extras = [text for is_on, text in (

@@ -5,7 +5,7 @@ anything of FSDP2.
 """
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -103,3 +103,47 @@ def unsynced(module: Any) -> Iterator[None]:
         yield
     finally:
         module.set_requires_gradient_sync(True)
+
+
+def fills_unused(module: nn.Module) -> bool:
+    """Whether this torch can sum gradients of parameters that only some processes used."""
+    return hasattr(module, "set_reduce_scatter_unused_params")
+
+
+class Reached:
+    """Names of the parameters of a cut module that a gradient reached on this process.
+
+    FSDP2's own gradients do not tell: they are sums over the processes, 0 where nobody had one.
+    """
+
+    def __init__(self, module: nn.Module, names: Sequence[str]):
+        """
+        Args:
+            names: of the trainable parameters, as ``named_parameters`` has them.
+        """
+        self.names: set[str] = set()
+        self.counts = True
+        """Whether the present micro-batch is to be noted; not if it is a repetition."""
+        self._wanted = set(names)
+        for prefix, part in module.named_modules():
+            if is_sharded(part):
+                self._watch(prefix, part)
+
+    def _watch(self, prefix: str, part: nn.Module) -> None:
+        # In the first forward, after FSDP2's own hook: it gathers the whole parameters, which
+        # stay the same objects from then on.
+        @torch.compiler.disable
+        def hook(module: nn.Module, args: Any) -> None:
+            for name, parameter in module.named_parameters(prefix):
+                if name in self._wanted and not is_part(parameter):
+                    parameter.register_post_accumulate_grad_hook(self._noting(name))
+            handle.remove()
+
+        handle = part.register_forward_pre_hook(hook)
+
+    def _noting(self, name: str) -> Any:
+        def note(parameter: Tensor) -> None:
+            if self.counts:
+                self.names.add(name)
+
+        return note
