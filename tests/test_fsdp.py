@@ -117,6 +117,38 @@ def test_repeated_micro_batches_batch_norm_frozen_layers_and_few_batches_to_eval
     assert right.double().mean().item() == pytest.approx(best, abs=1e-12)
 
 
+FORK = """
+from torch import nn
+class Net(nn.Module):
+    def __init__(self, inputs, classes):
+        super().__init__()
+        self.one, self.two = nn.Linear(inputs, classes), nn.Linear(inputs, classes)
+        self.wide = nn.Sequential(nn.Linear(inputs, 24), nn.ReLU(), nn.Linear(24, classes))
+        self.spare = nn.Linear(3, 2)
+    def forward(self, inputs):
+        inputs = inputs.flatten(1)
+        layers = (self.one, self.two, self.wide)
+        return layers[int((inputs.abs() > 0.5).sum()) % 3 if self.training else 0](inputs)
+"""
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_processes_may_use_different_parameters_in_a_step(tmp_path, optimizer):
+    """Of one size and of others; what nobody uses stays, in spite of moments and decay."""
+    (tmp_path / "net.py").write_text(FORK)
+    flags = ["--model.name", f"{tmp_path / 'net.py'}:Net", "--batch.micro_size", "32",
+             "--batch.global_size", "64", "--optim.name", optimizer, "--optim.lr", "0.01",
+             "--optim.weight_decay", "0.1", "--schedule.name", "constant", "--schedule.warmup",
+             "0 steps", "--loop.eval_every", "5 steps"]
+    plain = run(tmp_path / "plain", 20, *flags)
+    cut = run(tmp_path / "cut", 1, *flags, processes=2, **FSDP2)
+    run(cut, 20, *flags, processes=2, **FSDP2)  # resumed, where not every parameter has a state
+    assert_same_to_rounding(plain, cut, 20)
+    left, right = weights(plain), weights(cut)
+    for name, value in left.items():
+        torch.testing.assert_close(right[name], value, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("job", [MLP_JOB, GPT_JOB], ids=["classes", "text"])
 def test_the_report_is_that_of_the_best_weights(tmp_path, job):
     """Three batches on two processes, and forwards for examples, in which all take part."""
