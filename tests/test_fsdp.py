@@ -123,11 +123,11 @@ class Net(nn.Module):
     def __init__(self, inputs, classes):
         super().__init__()
         self.one, self.two = nn.Linear(inputs, classes), nn.Linear(inputs, classes)
-        self.wide = nn.Sequential(nn.Linear(inputs, 24), nn.ReLU(), nn.Linear(24, classes))
+        self.into, self.out = nn.Linear(inputs, 24), nn.Linear(24, classes)
         self.spare = nn.Linear(3, 2)
     def forward(self, inputs):
         inputs = inputs.flatten(1)
-        layers = (self.one, self.two, self.wide)
+        layers = (self.one, self.two, lambda hidden: self.out(self.into(hidden).relu()))
         return layers[int((inputs.abs() > 0.5).sum()) % 3 if self.training else 0](inputs)
 """
 
@@ -143,7 +143,11 @@ def test_processes_may_use_different_parameters_in_a_step(tmp_path, optimizer):
     plain = run(tmp_path / "plain", 20, *flags)
     cut = run(tmp_path / "cut", 1, *flags, processes=2, **FSDP2)
     run(cut, 20, *flags, processes=2, **FSDP2)  # resumed, where not every parameter has a state
-    assert_same_to_rounding(plain, cut, 20)
+    assert max(differences(plain, cut, "train/loss")) <= 1e-6
+    norms = ([r["train/grad_norm"] for r in records(each) if "train/grad_norm" in r]
+             for each in (plain, cut))
+    for a, b in zip(*norms, strict=True):
+        assert a == pytest.approx(b, rel=1e-5)
     left, right = weights(plain), weights(cut)
     for name, value in left.items():
         torch.testing.assert_close(right[name], value, rtol=1e-4, atol=1e-5)
