@@ -212,16 +212,18 @@ def test_the_newest_session_tells_what_is_there_whatever_its_mode(tmp_path, monk
     assert last == 40 and {"a", "confusion/digit"} <= keys
 
 
-@pytest.mark.parametrize("pause", ["0", "4"], ids=["killed at once", "killed after a while"])
+@pytest.mark.parametrize("pause", ["0", "8"], ids=["killed at once", "killed after a while"])
 def test_a_killed_and_continued_run_has_every_step_once(tmp_path, bare, pause):
     """W&B's process keeps records for a second and dies with the run: on an idle machine those of
     the killed session are lost in one case, and are there beyond the checkpoint in the other.
-    Which of both it was is up to the clock, so only what comes of it is asserted."""
+    Killed at once it may have been either, so there only what comes of it is asserted."""
     run = tmp_path / "run"
     for step in (6, 37, 52):  # before the first checkpoint, and twice after one
         killed = fork(["--run_dir", str(run), *SHORT], script="tests/struck_train.py",
                       STRIKE=f"SIGKILL step {step}", PAUSE=pause)
         assert killed.returncode == -9, killed.stderr
+        if pause != "0":  # eight times as long as W&B's process keeps records
+            assert max(row["step"] for row in history(run)) >= step - 2
     result = fork(["--run_dir", str(run), *SHORT])
     assert result.returncode == 0, result.stderr
     assert_same_run(bare, run)

@@ -80,7 +80,7 @@ class RunProgress:
             self._draw(step, self._clock())
 
     def seconds_left(self, step: int) -> float:
-        """Until the end, evaluations and saving as what they have cost in this session."""
+        """Until the end, with evaluations and saving at what they have cost since the start."""
         first_step, first_seconds = self._first
         steps, seconds = step - first_step, self._clock() - self._eval_seconds - first_seconds
         if step >= self._total_steps:
