@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import wandb
 import yaml
 from launching import ROOT, assert_same_run, launch, records, train
 from PIL import Image
@@ -216,7 +217,11 @@ def test_the_newest_session_tells_what_is_there_whatever_its_mode(tmp_path, monk
 def test_a_killed_and_continued_run_has_every_step_once(tmp_path, bare, pause):
     """W&B's process keeps records for a second and dies with the run: on an idle machine those of
     the killed session are lost in one case, and are there beyond the checkpoint in the other.
-    Killed at once it may have been either, so there only what comes of it is asserted."""
+    Killed at once it may have been either, so there only what comes of it is asserted. The service
+    of the tests' own process, which its children would inherit, must not be used: it outlives them.
+    """
+    wandb.setup()
+    assert os.environ["WANDB_SERVICE"]
     run = tmp_path / "run"
     for step in (6, 37, 52):  # before the first checkpoint, and twice after one
         killed = fork(["--run_dir", str(run), *SHORT], script="tests/struck_train.py",

@@ -70,6 +70,9 @@ class WeightsAndBiases(Tracker):
             import wandb
 
             wandb.teardown()  # the former attempt still holds the run's id
+        # A service of the program that started this one (W&B's variable is inherited) would outlive
+        # a kill, and then the run's id counts as in use.
+        os.environ.pop("WANDB_SERVICE", None)
         options, mode = self.options, {} if self._mode is None else {"mode": self._mode}
         return mode | {
             "id": self._id, "resume": "allow", "dir": str(self.folder), "name": self.run_name,
