@@ -18,7 +18,8 @@ from pydantic import Field
 
 from trainlib import data, distillation, models, optim, plan, predictions, runtime, sharding, tasks
 from trainlib.batchnorm import BatchStatistics
-from trainlib.checkpoint import CheckpointOptions, Checkpoints, undone
+from trainlib.card import ModelCard
+from trainlib.checkpoint import CheckpointOptions, Checkpoints, identity, undone
 from trainlib.config import Options, read, recipe_name, to_yaml
 from trainlib.data import BatchOptions, DataOptions
 from trainlib.distillation import DistillOptions
@@ -26,9 +27,11 @@ from trainlib.ema import Ema
 from trainlib.evaluate import evaluate, inspect_step, model_arguments, try_model
 from trainlib.gradients import StepSums
 from trainlib.guard import Guard, Readback
-from trainlib.lr_report import auto_rate, swept_loss
+from trainlib.lr_report import auto_rate
+from trainlib.micro_size import settle_micro_size
 from trainlib.models import ModelOptions
 from trainlib.optim import OptimOptions, ScheduleOptions
+from trainlib.profiling import ProfiledSteps, profile_steps
 from trainlib.progress import LoopOptions, Progress, check_monitor, plan_steps
 from trainlib.runlog import LogOptions, RunLog
 from trainlib.schedule import duration_steps, is_time, lr_multiplier
@@ -47,6 +50,8 @@ class StudentOptions(Options):
     cpu_threads: int = Field(1, ge=1, le=1024)
     """Threads of each process on a CPU; like the micro size a part of the recipe, because they
     change the order of sums. To use more cores, launch more processes."""
+    profile: ProfiledSteps = Field(None, exclude=True)
+    """Profile so many steps of this start, as "20 steps": where their time goes."""
     data: DataOptions = DataOptions()
     model: ModelOptions = ModelOptions()
     tasks: dict[str, TaskOptions] = {}
@@ -57,6 +62,7 @@ class StudentOptions(Options):
     loop: LoopOptions = LoopOptions()
     checkpoint: CheckpointOptions = CheckpointOptions()
     log: LogOptions = LogOptions()
+    comm: runtime.CommunicationOptions = runtime.CommunicationOptions()
 
 
 def main(arguments: list[str]) -> None:
@@ -71,8 +77,9 @@ def main(arguments: list[str]) -> None:
 def train_student(options: StudentOptions, folder: runtime.RunFolder) -> None:
     runtime.release_signals()  # which the run before this one holds
     # ---- machine ----
-    accelerator = runtime.make_accelerator(options.deterministic, options.cpu_threads)
-    device, world_size, batch = accelerator.device, accelerator.num_processes, options.batch
+    accelerator = runtime.make_accelerator(options.deterministic, options.cpu_threads, options.comm)
+    rank, world_size = accelerator.process_index, accelerator.num_processes
+    device, batch = accelerator.device, options.batch
 
     # ---- data and tasks ----
     source = data.open_source(options.data)
@@ -84,9 +91,8 @@ def train_student(options: StudentOptions, folder: runtime.RunFolder) -> None:
     augment = data.build_augment(options.data.augment, example, task_options)
     monitor = options.loop.monitor or tasks.default_monitor(task_list)
     lower_is_better = check_monitor(monitor, tasks.metric_names(task_list))
-    total_steps, eval_every, warmup_steps = plan_steps(
-        options.loop, options.schedule.warmup, num_samples, batch.global_size
-    )
+    total_steps, eval_every, warmup_steps = plan_steps(options.loop, options.schedule.warmup,
+                                                       num_samples, batch.global_size)
     rise_steps = duration_steps(
         options.distill.warmup, num_samples, batch.global_size, total_steps
     )
@@ -95,18 +101,13 @@ def train_student(options: StudentOptions, folder: runtime.RunFolder) -> None:
     )
 
     # ---- model and optimizer ----
-    model_options = models.complete(
-        options.model, tuple(example.shape[1:]), tasks.num_outputs(task_list), dataset.token_range,
-        dataset.pad_id,
-    )
+    model_options = models.complete(options.model, example.shape[1:], tasks.num_outputs(task_list),
+                                    dataset.token_range, dataset.pad_id)
     torch.manual_seed(options.seed)
     module = models.build_model(model_options, dataset.mean, dataset.deviation)
-    notes = models.start_weights(
-        module, options.model.init_from, options.model.freeze, options.model.allow_pickle
-    )
-    smallest = batch.global_size % batch.micro_size or batch.micro_size
-    some_targets = {name: target[:smallest] for name, target in example_targets.items()}
-    try_model(module, example[:smallest], some_targets, task_list)
+    notes = models.start_weights(module, options.model.init_from, options.model.freeze,
+                                 options.model.allow_pickle)
+    try_model(module, example, example_targets, task_list, batch.smallest_micro_batch)
 
     # ---- teachers: beside the student, never wrapped; without a trace on its random numbers ----
     distill = options.distill
@@ -120,14 +121,19 @@ def train_student(options: StudentOptions, folder: runtime.RunFolder) -> None:
     teachers = distillation.Teachers(teacher_list, task_list, distill, accelerator)
     soft_losses = {task.name: distillation.SoftLoss(task, distill) for task in teachers.tasks}
     loss_parts = distillation.loss_parts(task_list, teachers.tasks, distill)
+    arguments = distillation.student_arguments(module, teachers, model_arguments(module, task_list))
+    options, found = settle_micro_size(
+        options, folder.path, accelerator, module, optimizer, (example, example_targets), augment,
+        arguments,
+        partial(distillation.losses_of_trial, task_list, teachers, soft_losses, features),
+        features.kept.clear,
+    )
+    batch, notes = options.batch, notes + found
 
     # ---- run folder: nothing is written before everything above has been accepted ----
     run_dir = folder.path
-    config = to_yaml(options.model_copy(update={
-        "data": options.data.model_copy(update={"input": dataset.inputs}),
-        "model": model_options, "tasks": task_options,
-        "loop": options.loop.model_copy(update={"monitor": monitor}),
-    }))
+    config = to_yaml(options.replaced({"data.input": dataset.inputs, "model": model_options,
+                                       "tasks": task_options, "loop.monitor": monitor}))
     labels = tasks.labels(task_list)
     fingerprint = data.fingerprint(dataset)
     if distill.cache is not None and teachers.tasks:
@@ -136,25 +142,22 @@ def train_student(options: StudentOptions, folder: runtime.RunFolder) -> None:
         )
         teachers.stored.check()
     folder.open(accelerator, config, fingerprint, options.checkpoint.steal_lock)
-    checkpoints = Checkpoints(
-        run_dir, accelerator, options.checkpoint, total_steps, num_samples,
-        {"seed": options.seed, "batch.global_size": batch.global_size,
-         "batch.micro_size": batch.micro_size, "data": fingerprint}, config,
-    )
+    checkpoints = Checkpoints(run_dir, accelerator, options.checkpoint, total_steps, num_samples,
+                              identity(options.seed, batch, fingerprint), config)
     start = checkpoints.find_start(module)
     state = Progress(**start.progress)
     folder.start(accelerator, config, state.step, start.log_sizes)
     trackers = Trackers(accelerator, run_dir, options.log, config, state.step)
-    run_log = RunLog(
-        accelerator, run_dir, options.log, trackers, total_steps, batch.global_size, num_samples,
-        state.step, eval_every, tasks.headline(task_list), monitor,
-    )
-    checkpoints.open(run_log.say, folder.check_lock)
+    run_log = RunLog(accelerator, run_dir, options.log, trackers, total_steps, batch.global_size,
+                     num_samples, state.step, eval_every, tasks.headline(task_list), monitor)
+    model_card = ModelCard(run_dir, accelerator, config, dataset, fingerprint,
+                           models.portable(model_options, module), module, state,
+                           partial(tasks.logged_metrics, task_list), total_steps)
+    checkpoints.open(run_log.say, folder.check_lock, model_card.texts)
     folder.at_exit = [checkpoints.wait, lambda: run_log.close(folder.exit_code)]
     idle = plan.idle_warning(batch.global_size, batch.micro_size, world_size)
-    for line in (dataset.description, *notes, models.parameter_table(module), idle, *folder.notes,
-                 *start.notes, *teachers.notes):
-        run_log.say(line)
+    run_log.say(dataset.description, *notes, models.parameter_table(module), idle, *folder.notes,
+                *start.notes, *teachers.notes)
 
     # ---- the parts of a step ----
     num_micro_batches = plan.num_micro_batches(batch.global_size, batch.micro_size)
@@ -171,39 +174,29 @@ def train_student(options: StudentOptions, folder: runtime.RunFolder) -> None:
     run_log.watch(module, optimizer, lambda: state.step)
     parameters = [p for p in model.parameters() if p.requires_grad]
     max_grad_norm = options.optim.max_grad_norm or float("inf")
-    max_grad_value = options.optim.max_grad_value
     seed_generators = runtime.make_seeder(device)
-    assignments = plan.assign(
-        batch.global_size, batch.micro_size, accelerator.process_index, world_size
-    )
+    assignments = plan.assign(batch.global_size, batch.micro_size, rank, world_size)
     batch_plan = plan.BatchPlan(num_samples, batch.global_size, options.seed)
     items = {task.name: task.items(dataset.train.num_valid[task.name]) for task in task_list} | {
         distillation.kd_items(task): dataset.train.num_valid[task.name] for task in teachers.tasks}
     reader = data.Reader(dataset.train, batch_plan, assignments, device, items)
-    validation = data.EvalReader(
-        dataset.validation, batch.eval_size, accelerator.process_index, world_size, device
-    )
+    validation = data.EvalReader(dataset.validation, batch.eval_size, rank, world_size, device)
     if teachers.stored is not None:
-        teachers.stored.fill(accelerator.process_index, world_size, run_log.say)
+        teachers.stored.fill(rank, world_size, run_log.say)
     sizes = {"loss": len(loss_parts), "batch_norm": batch_statistics.size,
              "requests": runtime.Requests.NUM}
-    sums = StepSums(
-        accelerator, model, sizes, batch.exact_sum, len(assignments), run_log.say
-    )
+    sums = StepSums(accelerator, model, sizes, batch.exact_sum, len(assignments), run_log.say,
+                    options.comm.slow_factor)
     guard = Guard(
-        optimizer, device, scaler,
+        optimizer, device, scaler, partial(inspect_step, module, reader, task_list),
         run_dir / "bad_steps.jsonl" if accelerator.is_main_process else None,
-        lambda step: inspect_step(module, reader, task_list, step),
-    )
-    arguments = distillation.student_arguments(
-        module, teachers, model_arguments(module, task_list)
+        state.recent if options.loop.on_spike == "skip" else None,
     )
     readback = Readback(device)
 
     def peak_share(step: int) -> float:
         return state.lr_factor * lr_multiplier(
-            options.schedule.name, step, total_steps, warmup_steps,
-            options.schedule.final_fraction, **schedule_args,
+            options.schedule.name, step, total_steps, warmup_steps, **schedule_args
         )
 
     def rise(step: int) -> float:
@@ -238,7 +231,10 @@ def train_student(options: StudentOptions, folder: runtime.RunFolder) -> None:
         found = evaluate(
             distillation.Both(teachers, module), validation,
             [distillation.Comparison(task, teachers) for task in teachers.known], accelerator,
+            say=run_log.say,
         )
+        if found is None:
+            return {}, None
         alone = distillation.results_alone(run_dir) if distill.baseline else None
         report, records, lines = distillation.summarize(
             monitor, lower_is_better, tasks.logged_metrics(task_list, state.best_results),
@@ -246,16 +242,19 @@ def train_student(options: StudentOptions, folder: runtime.RunFolder) -> None:
             alone and tasks.logged_metrics(task_list, alone),
         )
         folder.write("distillation.json", report)
+        model_card.add_comparison(report)
         return records, lines
 
     losses_of = partial(distillation.logged_losses, loss_parts, rise, reader.item_counts)
 
     # From here on a signal is a request, which all processes meet at the same step.
     requests = runtime.hold_signals(accelerator, checkpoints.every_seconds)
+    watchdog = runtime.watch(folder, options.comm, accelerator)
 
     # twin step: begin
     def train_step(step: int, lr: float) -> torch.Tensor:
         """One update; its losses and requests stay in ``sums``. Returns the gradient's norm."""
+        watchdog.begin("step", step)
         optim.set_learning_rate(optimizer, lr)
         item_counts = reader.item_counts(step)
         sums.clear()
@@ -273,11 +272,11 @@ def train_student(options: StudentOptions, folder: runtime.RunFolder) -> None:
         requests.add_to(sums["requests"])
         sums.reduce()
         grad_norm = whole(accelerator.clip_grad_norm_(parameters, max_grad_norm))
-        if max_grad_value is not None:
-            torch.nn.utils.clip_grad_value_(parameters, max_grad_value)
+        if options.optim.max_grad_value is not None:
+            torch.nn.utils.clip_grad_value_(parameters, options.optim.max_grad_value)
         # For optimizers that draw: one key on all processes, of a micro-batch that is not there.
         seed_generators(plan.forward_seed(options.seed, step, num_micro_batches))
-        if guard.allows(sums["loss"], grad_norm):
+        if guard.allows(step, sums["loss"], grad_norm):
             if scaler is None:
                 optimizer.step()
             else:  # fp16: the gradients were unscaled before clipping
@@ -294,17 +293,18 @@ def train_student(options: StudentOptions, folder: runtime.RunFolder) -> None:
     # ---- learning rate ----
     if options.optim.lr is None and state.peak_lr is None:
         with undone(module, optimizer, batch_statistics, ema, scaler):
-            state.peak_lr = auto_rate(
-                swept_loss(train_step, sums, guard, requests), run_dir, run_log.say,
-                accelerator.is_main_process,
-            )
+            state.peak_lr = auto_rate(run_log, train_step, sums, guard, requests)
     peak_lr = options.optim.lr or state.peak_lr
 
     # ---- loop ----
+    sums.watch_layers(module, optim.parameter_layers(module), lambda: state.step)
+    profile_steps(options.profile, folder, watchdog, accelerator, sums, reader, batch_statistics,
+                  optimizer, (num_samples, batch.global_size, total_steps), run_log.say, teachers)
     # twin loop: begin
     while True:
         evaluates = is_time(state.step, eval_every, total_steps)
         if evaluates and state.evaluated_step < state.step and not requests.stop:
+            watchdog.begin("evaluation")
             started = time.perf_counter()
             with averaged():
                 results = evaluate(module, validation, task_list, accelerator, requests.agree)
@@ -315,13 +315,11 @@ def train_student(options: StudentOptions, folder: runtime.RunFolder) -> None:
                 if improved:
                     checkpoints.export("best", module, labels, results)
             if options.schedule.name == "plateau":
-                state.reduce_on_plateau(
-                    metrics[monitor], lower_is_better,
-                    options.schedule.final_fraction, **schedule_args,
-                )
+                state.reduce_on_plateau(metrics[monitor], lower_is_better, **schedule_args)
             run_log.evaluation(state.step, metrics, improved, time.perf_counter() - started)
         is_over = state.is_over(total_steps, options.loop.patience)
         if checkpoints.is_due(state.step, is_over or requests.stop or requests.save):
+            watchdog.begin("save")
             checkpoints.save(module, optimizer, ema, state)
             requests.saved()
         if is_over or requests.stop:
@@ -332,8 +330,7 @@ def train_student(options: StudentOptions, folder: runtime.RunFolder) -> None:
         state.step += 1
         folder.step = state.step
 
-        flush = is_time(state.step, eval_every, total_steps)
-        flush = flush or checkpoints.is_due(state.step, False)
+        flush = is_time(state.step, eval_every, total_steps) or checkpoints.is_due(state.step)
         for record in readback.push(
             state.step - 1, lr, sums["loss"], grad_norm, sums["requests"], flush
         ):
@@ -343,6 +340,7 @@ def train_student(options: StudentOptions, folder: runtime.RunFolder) -> None:
     # twin loop: end
 
     # ---- end ----
+    watchdog.begin("end")
     if is_over:
         with averaged():
             checkpoints.export("final", module, labels, state.results)
@@ -357,7 +355,7 @@ def train_student(options: StudentOptions, folder: runtime.RunFolder) -> None:
         run_log.results(state.step, results)
     if options.log.report and state.best_results:
         records = predictions.records(task_list, validation)
-        said = evaluate(module, validation, records, accelerator, requests.agree)
+        said = evaluate(module, validation, records, accelerator, requests.agree, run_log.say)
         requests.leave_if_stopped(state.step, total_steps)
         predictions.write(run_dir, said, task_list, dataset, module, options.log, run_log)
     run_log.summary(state, task_list, monitor, options.loop.patience)

@@ -11,6 +11,7 @@ and with --apply a copy of the recipe with the rate in it. Nothing else changes.
 """
 
 import math
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ from trainlib.evaluate import evaluate, model_arguments, try_model
 from trainlib.gradients import StepSums
 from trainlib.guard import Guard
 from trainlib.lr_report import SweepOptions, counted, swept, swept_loss, write_report
+from trainlib.micro_size import settle_micro_size
 from trainlib.models import ModelOptions
 from trainlib.optim import OptimOptions, ScheduleOptions
 from trainlib.progress import LoopOptions, plan_steps
@@ -55,6 +57,7 @@ class FindOptions(Options):
     loop: LoopOptions = LoopOptions()
     checkpoint: CheckpointOptions = CheckpointOptions()
     log: LogOptions = LogOptions()
+    comm: runtime.CommunicationOptions = runtime.CommunicationOptions()
 
 
 def main(arguments: list[str]) -> None:
@@ -66,9 +69,11 @@ def main(arguments: list[str]) -> None:
     except ValueError as error:
         raise UserError(f"sweep: {error}") from error
     run_dir = Path(options.run_dir or f"runs/{recipe_name(arguments)}")
-    runtime.RunFolder(run_dir).check_free()
-    accelerator = runtime.make_accelerator(options.deterministic, options.cpu_threads)
-    device, world_size = accelerator.device, accelerator.num_processes
+    folder = runtime.RunFolder(run_dir)
+    folder.check_free()
+    accelerator = runtime.make_accelerator(options.deterministic, options.cpu_threads, options.comm)
+    rank, world_size = accelerator.process_index, accelerator.num_processes
+    device = accelerator.device
 
     # ---- data and tasks ----
     source = data.open_source(options.data)
@@ -86,25 +91,25 @@ def main(arguments: list[str]) -> None:
     augment = data.build_augment(options.data.augment, example, task_options)
 
     # ---- model and optimizer ----
-    model_options = models.complete(
-        options.model, tuple(example.shape[1:]), tasks.num_outputs(task_list), dataset.token_range,
-        dataset.pad_id,
-    )
+    model_options = models.complete(options.model, example.shape[1:], tasks.num_outputs(task_list),
+                                    dataset.token_range, dataset.pad_id)
 
     def build_module(seed: int) -> torch.nn.Module:
         torch.manual_seed(seed)
         module = models.build_model(model_options, dataset.mean, dataset.deviation)
-        models.start_weights(
-            module, options.model.init_from, options.model.freeze, options.model.allow_pickle
-        )
+        models.start_weights(module, options.model.init_from, options.model.freeze,
+                             options.model.allow_pickle)
         return module
 
     module = build_module(first_seed)
-    smallest = batch.global_size % batch.micro_size or batch.micro_size
-    some_targets = {name: target[:smallest] for name, target in example_targets.items()}
-    try_model(module, example[:smallest], some_targets, task_list)
+    try_model(module, example, example_targets, task_list, batch.smallest_micro_batch)
     sharding.place(module, accelerator, options.model.sync_batch_norm)
     optimizer = optim.build_optimizer(options.optim, module)
+    options, found = settle_micro_size(
+        options, run_dir, accelerator, module, optimizer, (example, example_targets), augment,
+        model_arguments(module, task_list), partial(tasks.losses_of_trial, task_list),
+    )
+    batch = options.batch
 
     # ---- the parts of a step ----
     num_micro_batches = plan.num_micro_batches(batch.global_size, batch.micro_size)
@@ -115,25 +120,18 @@ def main(arguments: list[str]) -> None:
         module.compile(backend=options.model.compile, dynamic=False)
     parameters = [p for p in model.parameters() if p.requires_grad]
     max_grad_norm = options.optim.max_grad_norm or float("inf")
-    max_grad_value = options.optim.max_grad_value
     seed_generators = runtime.make_seeder(device)
-    assignments = plan.assign(
-        batch.global_size, batch.micro_size, accelerator.process_index, world_size
-    )
+    assignments = plan.assign(batch.global_size, batch.micro_size, rank, world_size)
     items = {task.name: task.items(dataset.train.num_valid[task.name]) for task in task_list}
-    sums = StepSums(
-        accelerator, model,
-        {"loss": len(task_list), "batch_norm": batch_statistics.size,
-         "requests": runtime.Requests.NUM},
-        batch.exact_sum, len(assignments),
-    )
-    validation = data.EvalReader(
-        dataset.validation, batch.eval_size, accelerator.process_index, world_size, device
-    )
-    guard = Guard(optimizer, device, scaler, None, lambda step: {})
+    sizes = {"loss": len(task_list), "batch_norm": batch_statistics.size,
+             "requests": runtime.Requests.NUM}
+    sums = StepSums(accelerator, model, sizes, batch.exact_sum, len(assignments))
+    validation = data.EvalReader(dataset.validation, batch.eval_size, rank, world_size, device)
+    guard = Guard(optimizer, device, scaler, lambda step: {})
     arguments = model_arguments(module, task_list)
     ema = None  # an average says nothing about a rate
     requests = runtime.hold_signals(accelerator, None)
+    watchdog = runtime.watch(folder, options.comm, accelerator)
 
     def objective(output, targets, item_counts, mix, *_):
         """The micro-batch's share of the step's loss, whole and by task."""
@@ -146,6 +144,7 @@ def main(arguments: list[str]) -> None:
     # twin step: begin
     def train_step(step: int, lr: float) -> torch.Tensor:
         """One update; its losses and requests stay in ``sums``. Returns the gradient's norm."""
+        watchdog.begin("step", step)
         optim.set_learning_rate(optimizer, lr)
         item_counts = reader.item_counts(step)
         sums.clear()
@@ -163,11 +162,11 @@ def main(arguments: list[str]) -> None:
         requests.add_to(sums["requests"])
         sums.reduce()
         grad_norm = whole(accelerator.clip_grad_norm_(parameters, max_grad_norm))
-        if max_grad_value is not None:
-            torch.nn.utils.clip_grad_value_(parameters, max_grad_value)
+        if options.optim.max_grad_value is not None:
+            torch.nn.utils.clip_grad_value_(parameters, options.optim.max_grad_value)
         # For optimizers that draw: one key on all processes, of a micro-batch that is not there.
         seed_generators(plan.forward_seed(options.seed, step, num_micro_batches))
-        if guard.allows(sums["loss"], grad_norm):
+        if guard.allows(step, sums["loss"], grad_norm):
             if scaler is None:
                 optimizer.step()
             else:  # fp16: the gradients were unscaled before clipping
@@ -190,15 +189,16 @@ def main(arguments: list[str]) -> None:
                 lr = peak * lr_multiplier("cosine", step, steps, steps // 10, 0.0)
                 if loss_at(step, lr) is None and scaler is None:  # which a run would not survive
                     return math.inf
+            watchdog.begin("evaluation")
             results = evaluate(module, validation, task_list, accelerator, requests.agree)
         requests.leave_if_stopped()
         loss = tasks.logged_metrics(task_list, results)["eval/loss"]
         return loss if math.isfinite(loss) else math.inf
 
     # ---- sweep ----
-    runs = []
+    runs, verified = [], {}
     for seed in reversed(range(first_seed, first_seed + sweep.repeats)):  # the first one last
-        options = recipe.model_copy(update={"seed": seed})
+        options = recipe.replaced({"seed": seed})
         batch_plan = plan.BatchPlan(num_samples, batch.global_size, seed)
         reader = data.Reader(dataset.train, batch_plan, assignments, device, items)
         with undone(module, optimizer, batch_statistics, ema, scaler):
@@ -206,7 +206,6 @@ def main(arguments: list[str]) -> None:
                 load_whole(module, build_module(seed).state_dict())
             runs.insert(0, swept(loss_at, rates, lr_sweep.StopRule(len(rates))))
     _, suggestion = lr_suggestion.combine(runs)
-    verified = {}
     if verify_steps is not None and suggestion.answer is not None:
         tried = [0.1, 0.3, 1.0, 3.0]
         while tried:
@@ -218,7 +217,8 @@ def main(arguments: list[str]) -> None:
                 further = best * (0.3 if best == ends[0] else 3)
                 tried += [further / suggestion.answer] * (rates[0] <= further <= rates[-1])
     if accelerator.is_main_process:
-        print(write_report(run_dir, runs, suggestion, verified, recipe if recipe.apply else None))
+        said = write_report(run_dir, runs, suggestion, verified, recipe if recipe.apply else None)
+        print(*found, said, sep="\n")
     if recipe.apply and suggestion.answer is None:
         raise UserError("apply: the sweep has no answer, so no recipe was written")
 

@@ -53,7 +53,7 @@ def alternate(rounds: int, *sides: Callable[[], object]) -> list[float]:
 
 def save_cost(folder: Path) -> None:
     """The stall of a save against one host copy of the same tensors."""
-    accelerator = runtime.make_accelerator([], False, 1)
+    accelerator = runtime.make_accelerator(False, 1)
     options = models.ModelOptions(args={"hidden": HIDDEN})
     module = models.build_model(models.complete(options, (1, 8, 8), 10))
     optimizer = optim.build_optimizer(optim.OptimOptions(), module)

@@ -70,7 +70,7 @@ class Chunks:
         [task] = tasks.build_tasks(options, {"text": TargetInfo([], vocab_size=vocab_size)})
         chosen = distillation.DistillOptions(temperature=TEMPERATURE)
         one = Teacher(teacher, TeacherOptions(model={"name": "gpt"}), [task], "teacher")
-        accelerator = runtime.make_accelerator([], False, 1)
+        accelerator = runtime.make_accelerator(False, 1)
         self.student, self.soft_loss = student, distillation.SoftLoss(task, chosen)
         self.teachers = distillation.Teachers([one], [task], chosen, accelerator)
         self.arguments = distillation.student_arguments(student, self.teachers, lambda targets: {})

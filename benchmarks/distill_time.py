@@ -31,7 +31,7 @@ os.environ["ACCELERATE_USE_CPU"] = "true"
 
 import distill  # noqa: E402
 from benchmarks.step_time import script_function  # noqa: E402
-from trainlib import data, distillation, models, optim, plan, runtime, tasks  # noqa: E402
+from trainlib import data, distillation, models, optim, plan, runtime, shards, tasks  # noqa: E402
 from trainlib.augment import Augment  # noqa: E402
 from trainlib.batchnorm import BatchStatistics  # noqa: E402
 from trainlib.config import read  # noqa: E402
@@ -39,6 +39,7 @@ from trainlib.evaluate import model_arguments  # noqa: E402
 from trainlib.gradients import StepSums  # noqa: E402
 from trainlib.guard import Guard, Readback  # noqa: E402
 from trainlib.progress import Progress  # noqa: E402
+from trainlib.runtime.watchdog import Watchdog  # noqa: E402
 from trainlib.schedule import lr_multiplier  # noqa: E402
 
 JOBS = {
@@ -156,13 +157,14 @@ def step_side(job: Job, script: str, cache_dir: str | None = None) -> Callable[[
     batch_statistics = BatchStatistics(module, num_micro_batches)
     sizes = {"loss": num_parts, "batch_norm": batch_statistics.size, "requests": job.requests.NUM}
     sums = StepSums(accelerator, model, sizes, True, num_micro_batches)
-    guard = Guard(prepared.optimizer, accelerator.device, None, None, lambda step: {})
+    guard = Guard(prepared.optimizer, accelerator.device, None, lambda step: {})
     readback = Readback(accelerator.device)
     names |= {
         "torch": torch, "plan": plan, "optim": optim, "options": options, "batch": batch,
         "accelerator": accelerator, "model": model, "optimizer": prepared.optimizer,
         "parameters": list(model.parameters()), "scaler": None, "ema": None,
-        "max_grad_norm": options.optim.max_grad_norm or float("inf"), "max_grad_value": None,
+        "max_grad_norm": options.optim.max_grad_norm or float("inf"), "whole": shards.whole,
+        "watchdog": Watchdog(300, 1800, print),
         "num_micro_batches": num_micro_batches, "task_list": task_list, "arguments": arguments,
         "reader": job.reader(items), "augment": Augment(), "state": state, "sums": sums,
         "batch_statistics": batch_statistics, "guard": guard, "requests": job.requests,
@@ -213,7 +215,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, nargs="+", default=[400, 100], help="by job")
     parser.add_argument("--steps", type=int, nargs="+", default=[4, 1], help="of a round, by job")
     arguments = parser.parse_args()
-    accelerator = runtime.make_accelerator([], False, 1)
+    accelerator = runtime.make_accelerator(False, 1)
     requests = runtime.hold_signals(accelerator, 600)
     print(f"torch {torch.__version__}, batch 64, one thread, medians")
     for name, rounds, steps in zip(arguments.jobs, arguments.rounds, arguments.steps, strict=False):

@@ -1,15 +1,17 @@
 """What a run survives.
 
-    python benchmarks/faults.py [--kills 50] [--soak 20] [--seed 0]
+    python benchmarks/faults.py [--kills [50]] [--soak [100]] [--seed 0]
 
 Without an option: both parts. Kills: a job with 160 MB of state, saved after every step, is
 killed in its saves. Soak: a small job with all that has a state meets faults of all kinds of
 ``FAULTS``. Both must end as the run that nothing disturbed, in every bit of the weights and every
-record; exit code 1 if a promise was broken. On CPUs, Linux.
+record; exit code 1 if a promise was broken. On CPUs, Linux; full disks want root, who may mount
+a small one.
 """
 
 import argparse
 import atexit
+import errno
 import json
 import os
 import random
@@ -20,10 +22,11 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from signal import SIGINT, SIGKILL, SIGTERM, SIGUSR1
+from signal import SIGCONT, SIGINT, SIGKILL, SIGSTOP, SIGTERM, SIGUSR1
 from typing import NamedTuple
 
 import psutil
@@ -37,6 +40,9 @@ from trainlib.checkpoint.layout import step_folders  # noqa: E402
 
 HIDDEN = [3610, 3610]  # 13.3 M parameters
 EVERY = 5  # steps between the soak's checkpoints
+NAN = "a NaN"
+IN_A_BLOCK = 16  # records that a full disk still takes: 4 KiB of at least 256 bytes
+DISK_MIB = 32  # that the soak's run folder lies on
 SOAK_JOB = (
     "--model.name resnet --model.args.width 8 --batch.micro_size 16 --data.in_memory false "
     "--data.workers 2 --data.augment.crop 1 --data.augment.mixup 0.2 --schedule.name plateau "
@@ -48,18 +54,21 @@ SOAK_JOB = (
 class Life:
     """One start of a run's command, in a session of its own; what it says goes to a file."""
 
-    def __init__(self, folder: Path, flags: list[str], processes: int = 1):
+    def __init__(
+        self, folder: Path, flags: list[str], processes: int = 1, nan_steps: tuple[int, ...] = ()
+    ):
         self.folder, self.checkpoints, self.processes = folder, folder / "checkpoints", processes
-        self.output = folder.with_name(f"{folder.name}.output")
+        self.output = folder.parent.with_name(f"{folder.name}.output")  # on another disk
         folder.parent.mkdir(parents=True, exist_ok=True)
         self.is_new = not step_folders(self.checkpoints)
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
                     str(processes)] if processes > 1 else []
         with self.output.open("w") as output:
             self.process = subprocess.Popen(
-                [sys.executable, *launcher, "train.py", "--run_dir", str(folder),
-                 "--log.trackers", "[]", "--log.every", "1", *flags],
+                [sys.executable, *launcher, "benchmarks/poisoned.py", "--run_dir", str(folder),
+                 "--log.trackers", "[]", "--log.report", "false", "--log.every", "1", *flags],
                 cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+                env=os.environ | {"NAN_STEPS": ",".join(map(str, nan_steps))},
             )
         atexit.register(self.process.terminate)  # a session of its own hears no Ctrl-C
 
@@ -82,6 +91,9 @@ class Life:
         self.wait_until(lambda: self.start is not None)
         target = self.start + number
         self.wait_until(lambda: recorded_step(self.folder) >= target)
+
+    def wait_for_words(self, words: str) -> None:
+        self.wait_until(lambda: words in self.output.read_text())
 
     def wait_for_save(self) -> None:
         self.wait_until(lambda: self.start is not None)
@@ -108,6 +120,11 @@ class Life:
         """All its processes, the launcher's and the data workers included."""
         process = psutil.Process(self.process.pid)
         return [process, *process.children(recursive=True)]
+
+    def ranks(self) -> dict[int, int]:
+        """The pids of the launcher's processes by rank."""
+        return {int(process.environ()["RANK"]): process.pid
+                for process in psutil.Process(self.process.pid).children()}
 
     def end(self, number: int, pid: int | None = None) -> float:
         """Signals a process, or all process groups, and returns the seconds until all are gone."""
@@ -235,6 +252,65 @@ def strike_start(number: int, life: Life, chance: random.Random) -> float:
     return life.end(number, catching()[0])
 
 
+def fill(folder: Path) -> Path:
+    """Fills the disk that a folder is on; returns the file that has to go."""
+    filler = folder / "filler"
+    with filler.open("wb", buffering=0) as file:
+        for size in (1 << 16, 1 << 12):
+            try:
+                while True:
+                    file.write(bytes(size))
+            except OSError as error:
+                if error.errno != errno.ENOSPC:
+                    raise
+    return filler
+
+
+def strike_disk(ends_full: bool, life: Life, chance: random.Random) -> float:
+    """Fills the disk until a save has failed; killed then, or stopped after there is room again."""
+    life.wait_for_step(chance.randint(1, EVERY))
+    filler = fill(life.folder.parent)
+    life.wait_for_words("not written: ")
+    life.wait_for_words("metrics.jsonl: cannot be written")  # its last block had room for a while
+    if ends_full:
+        seconds = life.end(SIGKILL)
+    filler.unlink()
+    if not ends_full:
+        life.wait_for_words("metrics.jsonl: can be written again; no record is missing")
+        seconds = life.end(SIGTERM, life.main_pid())
+    return seconds
+
+
+def hang(life: Life, chance: random.Random) -> float:
+    """Stops one process for good; the others notice, and a launcher ends them."""
+    life.wait_for_step(chance.randint(0, 2 * EVERY))
+    time.sleep(chance.uniform(0, 0.05))
+    stopped = chance.choice(list(life.ranks().values()))
+    os.kill(stopped, SIGSTOP)
+    started = time.perf_counter()
+    while exit_code(life.folder) is None:
+        time.sleep(0.01)
+    seconds = time.perf_counter() - started
+    life.end(SIGKILL, stopped)  # a launcher's SIGTERM does not reach it
+    return seconds
+
+
+def slow_down(life: Life, chance: random.Random) -> float:
+    """Lets one process run for a part of the time only, until it has been named; then stops all."""
+    life.wait_for_step(chance.randint(0, EVERY))
+    rank, slow = chance.choice(list(life.ranks().items()))
+
+    def is_named() -> object:
+        os.kill(slow, SIGSTOP)
+        time.sleep(0.06)
+        os.kill(slow, SIGCONT)
+        time.sleep(0.02)
+        return re.search(rf"process {rank} on \S+ is slow", life.output.read_text())
+
+    life.wait_until(is_named)
+    return life.end(SIGTERM, life.main_pid())
+
+
 def damage(spoil: Callable, life: Life, chance: random.Random) -> str:
     """Stops a run and spoils a file of its newest checkpoint."""
     life.wait_until(lambda: life.start is not None and len(step_folders(life.checkpoints)) > 1)
@@ -259,6 +335,8 @@ class Fault(NamedTuple):
     code: int | None  # of exit.json; none: nobody was left to write it
     most_lost: int  # recorded steps
     moves: bool = False  # the run goes on with another number of processes
+    processes: int = 1  # at least
+    flags: str = ""
 
 
 FAULTS = {
@@ -273,30 +351,60 @@ FAULTS = {
     "a truncated file": Fault(partial(damage, lambda file, chance: os.truncate(
         file, chance.randrange(file.stat().st_size))), 75, EVERY),
     "a missing file": Fault(partial(damage, lambda file, chance: file.unlink()), 75, EVERY),
+    "a full disk": Fault(partial(strike_disk, False), 75, 0),
+    "SIGKILL on a full disk": Fault(partial(strike_disk, True), None, 2 * EVERY + IN_A_BLOCK),
+    "a slow process": Fault(slow_down, 75, 0, processes=2),
+    "a hung process": Fault(hang, 5, 2 * EVERY, processes=2, flags=(
+        "--comm.hang_after 5~seconds --comm.start_timeout 30~seconds")),
 }
 
 
-def soak(number: int, folder: Path, chance: random.Random) -> bool:
+def spaced(flags: str) -> list[str]:
+    return [flag.replace("~", " ") for flag in flags.split()]
+
+
+@contextmanager
+def small_disk(folder: Path) -> Iterator[bool]:
+    """Mounts a small disk there; whether that could be done."""
+    folder.mkdir(parents=True)
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_MIB}m", "tmpfs", str(folder)]
+    is_mounted = subprocess.run(mount, capture_output=True).returncode == 0
+    if not is_mounted:
+        print("full disks are left out: they want root, who may mount a small one")
+    try:
+        yield is_mounted
+    finally:
+        if is_mounted:
+            subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def soak(number: int, folder: Path, has_small_disk: bool, chance: random.Random) -> bool:
     """Whether a run survives so many faults, of all kinds in turn, in random order."""
-    flags = [flag.replace("~", " ") for flag in SOAK_JOB.split()]
-    flags += ["--loop.duration", f"{3 * EVERY * number + 20} steps"]
-    undisturbed = finished(Life(folder / "undisturbed", flags))
-    kinds = [list(FAULTS)[index % len(FAULTS)] for index in range(number)]
-    chance.shuffle(kinds)
+    struck = folder / "struck"
+    faults = {kind: fault for kind, fault in FAULTS.items() if has_small_disk or "disk" not in kind}
+    every_kind = [*faults, NAN]
+    kinds = [every_kind[index % len(every_kind)] for index in range(number)]
+    total_steps = 4 * EVERY * number + 20
+    nan_steps = tuple(sorted(chance.sample(range(total_steps), kinds.count(NAN))))
+    flags = [*spaced(SOAK_JOB), "--loop.duration", f"{total_steps} steps"]
+    undisturbed = finished(Life(folder / "undisturbed", flags, nan_steps=nan_steps))
+    strikes = [kind for kind in kinds if kind != NAN]
+    chance.shuffle(strikes)
     kept, lost, seconds = defaultdict(list), defaultdict(list), defaultdict(list)
     processes, pending = 1, None
-    for kind in [*kinds, None]:
-        life = Life(folder / "struck", flags, processes)
-        result = FAULTS[kind].strike(life, chance) if kind else finished(life)
+    for kind in [*strikes, None]:
+        fault = faults.get(kind)
+        processes = max(processes, fault.processes if fault else 1)
+        life = Life(struck, [*flags, *spaced(fault.flags if fault else "")], processes, nan_steps)
+        result = fault.strike(life, chance) if fault else finished(life)
         if pending and life.start is not None:
             former, recorded, expected = pending
             lost[former].append(recorded - life.start)
             kept[former].append(expected in life.output.read_text()
-                                and lost[former][-1] <= FAULTS[former].most_lost)
+                                and lost[former][-1] <= faults[former].most_lost)
             pending = None
-        if kind is None:
+        if fault is None:
             break
-        fault = FAULTS[kind]
         kept[kind].append(exit_code(life.folder) == fault.code)
         if isinstance(result, float):
             seconds[kind].append(result)
@@ -304,29 +412,34 @@ def soak(number: int, folder: Path, chance: random.Random) -> bool:
             pending = kind, recorded_step(life.folder), result if isinstance(result, str) else ""
         if fault.moves:
             processes = chance.choice([count for count in (1, 2, 3) if count != processes])
-    print(f"{'fault':22}{'times':>6}{'as promised':>13}{'most steps lost':>17}{'seconds':>9}")
-    for kind, fault in FAULTS.items():
-        print(f"{kind:22}{kinds.count(kind):>6}{'yes' if all(kept[kind]) else 'NO':>13}"
-              f"{f'{max(lost[kind], default=0)} (bound: {fault.most_lost})':>17}"
-              f"{max(seconds[kind], default=0):>9.1f}")
-    return is_same_run(life.folder, undisturbed) and all(all(each) for each in kept.values())
+    skipped = [json.loads(line)["step"]
+               for line in (struck / "bad_steps.jsonl").read_text().splitlines()]
+    kept[NAN] = [skipped == list(nan_steps)]
+    print(f"{'fault':24}{'times':>6}{'as promised':>13}{'most steps lost':>17}{'seconds':>9}")
+    for kind in every_kind:
+        bound = f"{max(lost[kind], default=0)} (bound: {faults[kind].most_lost})" if (
+            kind in faults) else ""
+        print(f"{kind:24}{kinds.count(kind):>6}{'yes' if all(kept[kind]) else 'NO':>13}{bound:>17}"
+              f"{f'{max(seconds[kind]):.1f}' if seconds[kind] else '':>9}")
+    return is_same_run(struck, undisturbed) and all(all(each) for each in kept.values())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=0)
-    parser.add_argument("--soak", type=int, default=0)
+    parser.add_argument("--kills", type=int, default=0, nargs="?", const=50)
+    parser.add_argument("--soak", type=int, default=0, nargs="?", const=100)
     parser.add_argument("--seed", type=int, default=0, help="of what happens when")
     options = parser.parse_args()
     if not (options.kills or options.soak):
-        options.kills, options.soak = 50, 20
+        options.kills, options.soak = 50, 100
     is_kept, chance = True, random.Random(options.seed)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if options.kills:
             is_kept &= kill_in_saves(options.kills, folder / "kills", chance)
         if options.soak:
-            is_kept &= soak(options.soak, folder / "soak", chance)
+            with small_disk(folder / "soak") as is_mounted:
+                is_kept &= soak(options.soak, folder / "soak", is_mounted, chance)
     sys.exit(0 if is_kept else 1)
 
 

@@ -22,13 +22,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["ACCELERATE_USE_CPU"] = "true"
 
-from trainlib import data, models, optim, plan, runtime, tasks  # noqa: E402
+from trainlib import data, models, optim, plan, runtime, shards, tasks  # noqa: E402
 from trainlib.augment import Augment  # noqa: E402
 from trainlib.batchnorm import BatchStatistics  # noqa: E402
 from trainlib.evaluate import model_arguments  # noqa: E402
 from trainlib.gradients import StepSums  # noqa: E402
 from trainlib.guard import Guard, Readback  # noqa: E402
 from trainlib.progress import Progress  # noqa: E402
+from trainlib.runtime.watchdog import Watchdog  # noqa: E402
 from trainlib.schedule import lr_multiplier  # noqa: E402
 
 BATCH_SIZE = 64
@@ -83,7 +84,7 @@ def bare_steps(model_options: models.ModelOptions, dataset: data.Dataset):
 
 def fence_steps(model_options: models.ModelOptions, dataset: data.Dataset):
     """A function that runs train.py's own step, compiled from its text, so many times."""
-    accelerator = runtime.make_accelerator([], False, 1)
+    accelerator = runtime.make_accelerator(False, 1)
     module, optimizer, task_list = build(model_options, dataset)
     model, prepared = accelerator.prepare(module, optimizer)
     options = type("Options", (), {"seed": 0, "optim": optim.OptimOptions()})
@@ -94,6 +95,8 @@ def fence_steps(model_options: models.ModelOptions, dataset: data.Dataset):
     requests = runtime.hold_signals(accelerator, 600)
     sizes = {"loss": 1, "batch_norm": batch_statistics.size, "requests": requests.NUM}
     sums = StepSums(accelerator, model, sizes, True, 1)
+    state = Progress()
+    sums.watch_layers(module, optim.parameter_layers(module), lambda: state.step)
     items = {task.name: task.items(dataset.train.num_valid[task.name]) for task in task_list}
     source = ast.parse(
         "def run(num_steps):\n"
@@ -109,18 +112,20 @@ def fence_steps(model_options: models.ModelOptions, dataset: data.Dataset):
     source.body[0].body[0].body[2:3] = script_function("train.py", "train_step").body[1:-1]
     source.body.append(script_function("train.py", "objective"))
     names = {
-        "optimizer": prepared.optimizer, "scaler": None, "state": Progress(), "model": model,
+        "optimizer": prepared.optimizer, "scaler": None, "state": state, "model": model,
         "requests": requests, "accelerator": accelerator, "options": options, "batch": batch,
         "sums": sums,
         "batch_statistics": batch_statistics, "plan": plan,
         "optim": optim, "task_list": task_list, "parameters": list(model.parameters()),
-        "max_grad_norm": 1.0, "max_grad_value": None, "num_micro_batches": 1,
+        "max_grad_norm": 1.0, "num_micro_batches": 1, "whole": shards.whole,
         "augment": Augment(), "ema": None,
         "seed_generators": runtime.make_seeder(accelerator.device),
         "reader": data.Reader(dataset.train, batch_plan, assignments, accelerator.device, items),
         "arguments": model_arguments(module, task_list),
-        "guard": Guard(prepared.optimizer, accelerator.device, None, None, lambda step: {}),
+        "guard": Guard(prepared.optimizer, accelerator.device, None, lambda step: {}),
         "readback": Readback(accelerator.device),
+        # Its thread looks at the clock every few seconds, which is not a step's.
+        "watchdog": Watchdog(300, 1800, print),
         "peak_share": lambda step: lr_multiplier("cosine", step, 10**6, 100),
     }
     exec(compile(ast.fix_missing_locations(source), "train.py", "exec"), names)

@@ -72,11 +72,11 @@ def main() -> None:
     if point == "write":
         saves, write = itertools.count(), Checkpoints._write
 
-        def struck_write(self, target, writers):
+        def struck_write(*arguments):
             if next(saves) == NUMBER:
                 strike()
                 time.sleep(0.3)
-            write(self, target, writers)
+            write(*arguments)
 
         Checkpoints._write = struck_write
     if point == "worker":

@@ -1,6 +1,7 @@
 """Writing in the background: from copies, in order, with failures that are seen."""
 
 import threading
+import time
 
 import pytest
 import torch
@@ -73,6 +74,62 @@ def test_a_failure_is_said_and_kept_until_it_is_made_good(writer, said):
     writer.submit("checkpoint", "step 6", {}, lambda files: None)
     writer.wait()
     assert writer.failures == {}
+
+
+class Slow:
+    """Writes a pair of tensors with a pause between them, so that a copy may come in between."""
+
+    def __init__(self):
+        self.seen, self.fails, self.begun = [], False, threading.Semaphore(0)
+
+    def write(self, files):
+        self.begun.release()
+        first = files["m"]["a"].tolist()
+        time.sleep(0.2)
+        if self.fails:
+            self.fails = False
+            raise OSError(28, "No space left on device")
+        self.seen.append((first, files["m"]["b"].tolist()))
+
+
+@pytest.mark.parametrize("is_lost", [False, True])
+def test_what_another_job_writes_again_is_of_one_time(writer, is_lost):
+    """A checkpoint writes best/ again, while the next best weights are handed over."""
+    weights, best, is_retried = {"a": torch.zeros(1), "b": torch.zeros(1)}, Slow(), []
+
+    def checkpoint(files):
+        writer.retry("best", is_lost)
+        is_retried.append(len(best.seen))
+
+    best.fails = not is_lost
+    writer.submit("best", "best/", {"m": weights}, best.write)
+    writer.submit("checkpoint", "1", {}, checkpoint)
+    if is_lost:  # the checkpoint finds the folder gone after the first has been written
+        assert all(best.begun.acquire(timeout=10) for _ in range(2))
+    for tensor in weights.values():
+        tensor.fill_(1)
+    writer.submit("best", "best/", {"m": weights}, best.write)
+    writer.wait()
+    assert is_retried == [1 + is_lost] and len(best.seen) == 2 + is_lost
+    assert all(a == b for a, b in best.seen) and best.seen[-1] == ([1], [1])
+
+
+def test_half_a_copy_is_never_written(writer, monkeypatch):
+    """Memory that runs out while a copy is made leaves the former copy overwritten in part."""
+    best = Slow()
+    writer.submit("best", "best/", {"m": {"a": torch.zeros(1), "b": torch.zeros(1)}}, best.write)
+    writer.wait()
+
+    def no_memory(name, files):
+        writer._copies[name]["m", "a"].fill_(1)
+        raise MemoryError
+
+    monkeypatch.setattr(writer, "_copy", no_memory)
+    with pytest.raises(MemoryError):
+        writer.submit("best", "best/", {}, best.write)
+    with pytest.raises(OSError, match="was not finished"):
+        writer.retry("best", is_lost=True)
+    assert best.seen == [([0], [0])]
 
 
 def test_a_mistake_of_the_code_is_raised(writer):

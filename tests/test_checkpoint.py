@@ -259,6 +259,22 @@ def test_no_checkpoint_speaks_of_best_weights_that_are_not_there(folder, monkeyp
     assert not best.equal(job.module[0].weight)
 
 
+def test_best_weights_that_are_gone_are_written_again_by_the_next_checkpoint(folder):
+    """As where the run folder was removed: from the copy, for training has gone on."""
+    job = Job(folder)
+    job.resume()
+    job.checkpoints.export("best", job.module, {}, {})
+    job.checkpoints.wait()
+    best = folder / "best" / "model.safetensors"
+    written = best.read_bytes()
+    shutil.rmtree(folder / "best")
+    job.train(8)
+    assert best.read_bytes() == written
+    shutil.rmtree(folder / "best")
+    with pytest.raises(SaveFailed, match="best.* is gone"):
+        job.checkpoints.load_best(job.module)
+
+
 def test_leftovers_go_with_the_next_save(folder):
     half = folder / "checkpoints" / ".tmp_step_00000008.host.1"
     shutil.copytree(folder / "checkpoints" / "step_00000006", half)

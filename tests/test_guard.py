@@ -16,7 +16,7 @@ FINE, NAN, INF = torch.tensor(1.0), torch.tensor(float("nan")), torch.tensor(flo
 def guard_of(optimizer=None, file=None, device="cpu", scaler=None):
     optimizer = optimizer or torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
     inspect = lambda step: {"suspects": [7], "rows": [6, 7]}  # noqa: E731
-    return Guard(optimizer, torch.device(device), scaler, file, inspect)
+    return Guard(optimizer, torch.device(device), scaler, inspect, file)
 
 
 @pytest.mark.parametrize("loss, norm, allowed", [
@@ -24,7 +24,7 @@ def guard_of(optimizer=None, file=None, device="cpu", scaler=None):
 ])
 def test_on_a_cpu_the_verdict_is_a_host_value(loss, norm, allowed):
     guard = guard_of()
-    assert guard.allows(loss.view(1), norm) is allowed and guard.healthy is allowed
+    assert guard.allows(0, loss.view(1), norm) is allowed and guard.healthy is allowed
 
 
 @pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "Adagrad"])
@@ -36,11 +36,11 @@ def test_with_the_flag_on_the_device_the_fused_optimizer_skips_by_itself(name, n
     guard = guard_of(optimizer)
     guard.on_device = True
     parameter.grad = torch.ones(4)
-    assert guard.allows(FINE.view(1), FINE)
+    assert guard.allows(0, FINE.view(1), FINE)
     optimizer.step()
     before, state = parameter.detach().clone(), copy.deepcopy(optimizer.state_dict()["state"])
     parameter.grad = torch.full((4,), norm.item())
-    assert guard.allows(FINE.view(1), norm)
+    assert guard.allows(0, FINE.view(1), norm)
     assert bool(guard.healthy) is moves
     optimizer.step()
     assert parameter.detach().equal(before) is not moves

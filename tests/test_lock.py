@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from trainlib.claim import Claim
 from trainlib.config import UserError
 from trainlib.runtime import lock as lock_module
 from trainlib.runtime.lock import RunLock
@@ -323,17 +325,107 @@ def test_a_robbed_run_leaves_the_thiefs_lock(path, elsewhere):
     assert not path.exists()
 
 
-@pytest.mark.parametrize("what", ["file", "folder"])
-def test_a_removed_lock_is_lost(tmp_path, what):
-    path = tmp_path / "run" / "run.lock"
-    path.parent.mkdir()
+def test_a_removed_lock_is_lost(path):
     reasons = []
     lock = take(path, on_lost=reasons.append, beat_seconds=0.02)
     path.unlink()
-    if what == "folder":
-        path.parent.rmdir()
     assert until(lambda: reasons) and "is gone" in reasons[0] and len(reasons) == 1
     lock.release()
+
+
+@pytest.fixture
+def away(tmp_path):
+    """A lock in a folder of its own, and the lines that it said."""
+    folder, said = tmp_path / "run", []
+    folder.mkdir()
+    lock = RunLock(folder / "run.lock", False, nobody_minds, 0.02, said.append)
+    yield lock, folder, said
+    lock.release()
+
+
+def test_a_folder_that_is_moved_away_is_waited_for(away):
+    """Nobody else can have taken what is not there: no reason to end a run of a week."""
+    lock, folder, said = away
+    folder.rename(folder.with_name("elsewhere"))
+    assert until(lambda: said) and "is gone (moved" in said[0]
+    with pytest.raises(OSError, match="is gone"):
+        lock.check()
+    assert not folder.exists()  # or it could not be moved back
+    time.sleep(0.2)
+    folder.with_name("elsewhere").rename(folder)
+    assert until(lambda: len(said) == 2) and "there again" in said[1]
+    assert lock.check() is False
+    beaten = (folder / "run.lock").stat().st_mtime_ns
+    assert until(lambda: (folder / "run.lock").stat().st_mtime_ns > beaten)
+    assert len(said) == 2
+
+
+def test_a_folder_that_is_removed_is_made_again_with_its_lock(away):
+    lock, folder, said = away
+    content = (folder / "run.lock").read_bytes()
+    (folder / "run.lock").unlink()
+    folder.rmdir()
+    assert until(lambda: said) and "is gone (removed)" in said[0]
+    assert lock.check() is True and lock.check() is False
+    assert (folder / "run.lock").read_bytes() == content
+    with pytest.raises(UserError, match="in use"):
+        take(folder / "run.lock")
+    assert until(lambda: len(said) == 2) and "there again" in said[1]
+
+
+def test_another_folder_in_its_place_is_left_alone(away):
+    lock, folder, said = away
+    folder.rename(folder.with_name("elsewhere"))
+    folder.mkdir()
+    with pytest.raises(OSError, match="another one stands in its place"):
+        lock.check()
+    (folder.with_name("elsewhere") / "run.lock").unlink()
+    folder.with_name("elsewhere").rmdir()
+    (folder / "a file of somebody").touch()
+    with pytest.raises(OSError, match="another one stands in its place"):
+        lock.check()
+    (folder / "a file of somebody").unlink()
+    assert lock.check() is True
+
+
+def test_a_claim_knows_the_folder_wherever_it_is_made_again(away):
+    lock, folder, _ = away
+    claim = Claim(folder / "run.lock", lock.token)
+    claim.check()
+    folder.rename(folder.with_name("elsewhere"))
+    with pytest.raises(OSError, match="is gone"):
+        claim.check()
+    folder.mkdir()
+    with pytest.raises(OSError, match="another one stands in its place"):
+        claim.check()
+    shutil.rmtree(folder.with_name("elsewhere"))
+    assert lock.check() is True  # made again
+    claim.check()
+
+
+def test_a_claim_outlives_the_lock_but_not_anothers(away, elsewhere):
+    lock, folder, _ = away
+    claim = Claim(folder / "run.lock", lock.token)
+    lock.release()
+    claim.check()
+    elsewhere(folder / "run.lock")
+    with pytest.raises(OSError):
+        claim.check()
+
+
+def test_a_folder_that_comes_back_with_another_runs_lock_is_lost(tmp_path, elsewhere):
+    path = tmp_path / "run" / "run.lock"
+    path.parent.mkdir()
+    reasons, said = [], []
+    lock = RunLock(path, False, reasons.append, 0.02, said.append)
+    path.parent.rename(tmp_path / "moved")
+    assert until(lambda: said)
+    path.parent.mkdir()
+    other = elsewhere(path)
+    assert until(lambda: reasons) and reasons[0].startswith("run.lock was taken by pid")
+    lock.release()
+    assert path.exists()
+    other.release()
 
 
 def test_one_missing_beat_is_not_a_loss(path):

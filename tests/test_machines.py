@@ -196,11 +196,11 @@ CUDA_ERROR = ('torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.5
 
 @pytest.mark.parametrize("error, method, calls, words", [
     (CUDA_ERROR, "Linear.forward", 60,
-     "CUDA out of memory. Tried to allocate 2.50 GiB; cut the model over"),
+     "CUDA out of memory. Tried to allocate 2.50 GiB; begin a run in another"),
     (CUDA_ERROR, "Module.to", 0,
-     "CUDA out of memory. Tried to allocate 2.50 GiB; cut the model over"),
+     "CUDA out of memory. Tried to allocate 2.50 GiB; begin a run in another"),
     ("MemoryError()", "Linear.forward", 60,
-     "the machine's memory is full; set --data.in_memory false"),
+     "the machine's memory is full; run the same command again with --data.in_memory false"),
 ])
 def test_too_little_memory_on_one_process_ends_with_code_6_and_advice(
     tmp_path, error, method, calls, words

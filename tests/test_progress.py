@@ -65,7 +65,7 @@ def plateau_rates(values, lower_is_better, floor, **args):
     state, rates = Progress(), []
     for value in values:
         state = Progress(**json.loads(json.dumps(asdict(state), allow_nan=False)))
-        state.reduce_on_plateau(value, lower_is_better, floor, **args)
+        state.reduce_on_plateau(value, lower_is_better, final_fraction=floor, **args)
         rates.append(state.lr_factor)
     return rates
 

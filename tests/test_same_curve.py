@@ -6,6 +6,7 @@ import pytest
 import torch
 from launching import assert_same_run, launch, load, losses, records, train, weights
 from poisoned_train import poisoned_sample
+from safetensors.torch import load_file
 from warm import fork
 
 SHORT = ["--loop.duration", "60 steps", "--log.every", "1", "--batch.micro_size", "16"]
@@ -92,6 +93,25 @@ def test_a_poisoned_sample_costs_one_update_and_is_named(tmp_path, processes, mi
     assert not (before / "bad_steps.jsonl").exists() and (after / "bad_steps.jsonl").exists()
     assert all(torch.equal(v, weights(after)[k]) for k, v in weights(before).items())
     assert all(v.isfinite().all() for v in weights(run).values())
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_twenty_bad_steps_in_a_row_end_the_run_and_leave_finite_checkpoints(tmp_path, processes):
+    """NaN on one process only, where there are two, and not on the main one."""
+    run = tmp_path / "run"
+    result = fork(
+        ["--run_dir", str(run), "--log.trackers", "[]", "--log.report", "false",
+         "--checkpoint.every", "4 steps", "--loop.eval_every", "7 steps"], processes,
+        "benchmarks/poisoned.py", NAN_STEPS=",".join(map(str, range(13, 33))),
+    )
+    assert result.returncode == 3 and "Traceback" not in result.stderr
+    bad = [json.loads(line) for line in (run / "bad_steps.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in bad] == list(range(13, 23))
+    assert all(len(entry["rows"]) == 64 for entry in bad)
+    files = [*run.glob("checkpoints/*/*.safetensors"), run / "best" / "model.safetensors"]
+    assert len(files) >= 3 and not (run / "final").exists()
+    for file in files:
+        assert all(value.isfinite().all() for value in load_file(file).values()), file
 
 
 def test_ten_bad_steps_in_a_row_end_the_run_with_code_3(tmp_path):

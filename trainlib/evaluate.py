@@ -21,8 +21,9 @@ import torch.distributed
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from trainlib import shards
+from trainlib import agreement, shards
 from trainlib.config import UserError
+from trainlib.memory import in_one_line, is_out_of_memory
 from trainlib.metrics import sum_dtype
 from trainlib.user_code import describe_error
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 def evaluate(
     model: nn.Module, reader: EvalReader, tasks: list[Task], accelerator: Accelerator,
     is_asked_to_stop: Callable[[], bool] = lambda: False,
+    say: Callable[[str], object] | None = None,
 ) -> dict[str, dict] | None:
     """The metrics of each task over every sample of a split, the same on every process.
 
@@ -42,9 +44,11 @@ def evaluate(
         model: the module inside any wrapper; put into eval mode and back.
         reader: this process's batches of the split.
         is_asked_to_stop: agreed by all processes, which ask it equally often, between batches.
+        say: where a run can do without the answer: told if the memory of a process does not
+            suffice. Not of a model that is cut, for whose forward the others wait.
 
     Returns:
-        By task; none where the answer was yes.
+        By task; none where the answer was yes, or where ``say`` was told.
     """
     device, world_size = accelerator.device, accelerator.num_processes
     # On a GPU an answer waits for the device.
@@ -54,10 +58,13 @@ def evaluate(
     sums = [zeros(reader.num_batches, task.num_sums) for task in tasks]
     arguments = model_arguments(model, tasks)
     batches = iter(reader)
+    may_fail, failure = say is not None and not shards.holds_sharded(model), None
     with eval_mode(model):
         for round_number in range(-(-reader.num_batches // world_size)):
             if round_number % rounds_between == 0 and is_asked_to_stop():
                 return None
+            if failure is not None:
+                continue  # to ask as often as the others
             batch = next(batches, None)
             if batch is None:  # the last round may have fewer batches than processes
                 if shards.holds_sharded(model):
@@ -65,10 +72,22 @@ def evaluate(
                     model(inputs, **arguments(targets))
                 break
             number, inputs, targets = batch
-            output = model(inputs, **arguments(targets))
-            for task, task_counts, task_sums in zip(tasks, counts, sums, strict=True):
-                batch_counts, task_sums[number] = task.statistics(output, targets)
-                task_counts += batch_counts
+            try:
+                output = model(inputs, **arguments(targets))
+                for task, task_counts, task_sums in zip(tasks, counts, sums, strict=True):
+                    batch_counts, task_sums[number] = task.statistics(output, targets)
+                    task_counts += batch_counts
+            except Exception as error:
+                if not (may_fail and is_out_of_memory(error)):
+                    raise
+                failure = in_one_line(error)
+    if may_fail:
+        failures = [each for each in agreement.from_all(failure, device) if each is not None]
+        if failures:
+            if accelerator.is_main_process:
+                say(f"predictions, and all that takes another pass over the validation split: not "
+                    f"made ({failures[0]}); weights and metrics are written")
+            return None
     if world_size > 1:
         for total in [*counts, *sums]:
             torch.distributed.all_reduce(total)
@@ -110,7 +129,8 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def try_model(
-    model: nn.Module, inputs: Tensor, targets: dict[str, Tensor], tasks: list[Task]
+    model: nn.Module, inputs: Tensor, targets: dict[str, Tensor], tasks: list[Task],
+    num_samples: int | None = None,
 ) -> None:
     """Runs the model forward, and in training backward, before anything is written.
 
@@ -118,11 +138,15 @@ def try_model(
 
     Args:
         model: on the CPU; in evaluation it is tried first.
-        inputs, targets: as many samples as the smallest micro-batch has, or a few.
+        inputs, targets: a few samples.
+        num_samples: of which so many are taken at most: those of the smallest micro-batch.
 
     Raises:
         UserError: the model cannot take the inputs, or its output does not fit a task.
     """
+    inputs = inputs[:num_samples]
+    targets = {name: target[:num_samples] for name, target in targets.items()}
+
     def attempt(what: str, is_training: bool) -> None:
         try:
             output = model(inputs, **arguments(targets))

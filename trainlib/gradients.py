@@ -5,7 +5,8 @@ exact sums do not depend on their order: so the gradient of a step is the same, 
 however its micro-batches are spread. Forward, backward, clipping and the step stay in the script.
 """
 
-from collections.abc import Callable
+import socket
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -14,9 +15,11 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from trainlib import shards
+from trainlib import agreement, shards
 from trainlib.config import UserError
+from trainlib.layer_gradients import LayerGradients
 from trainlib.metrics import sum_dtype
+from trainlib.pace import Pace
 
 _NO_CONTEXT = nullcontext()
 _SHOWN = 5  # names in a line
@@ -37,6 +40,7 @@ class StepSums:
         exact: bool | None,
         micro_steps: int,
         say: Callable[[str], object] = lambda line: None,
+        slow_factor: float | None = None,
     ):
         """
         Args:
@@ -46,11 +50,19 @@ class StepSums:
                 CPU, unless the model is sharded.
             micro_steps: micro-batches a step on each process.
             say: told in a line of parameters that no gradient reached in the first step.
+            slow_factor: of ``Pace``, whose slots ride along as a part "pace"; none: who is slow is
+                not told. Nor under FSDP2, where already the forward waits for the others.
         """
         self.is_sharded = shards.is_sharded(model)
         if exact is None:
             exact = accelerator.device.type == "cpu" and not self.is_sharded
         self.accelerator, self.model = accelerator, model
+        self._pace = None
+        if slow_factor is not None and accelerator.num_processes > 1 and not self.is_sharded:
+            hosts = agreement.from_all(socket.gethostname(), accelerator.device)
+            self._pace = Pace(accelerator.process_index, hosts, accelerator.device.type == "cuda",
+                              slow_factor, say)
+            sizes = sizes | {"pace": len(hosts)}
         self.world_size = accelerator.num_processes
         inner = model.module if isinstance(model, DistributedDataParallel) else model
         trained = {name: p for name, p in inner.named_parameters() if p.requires_grad}
@@ -78,6 +90,26 @@ class StepSums:
             for part, p in zip(parts[len(sizes) + 1 :], gradients, strict=True)
         ]
         self._reached = shards.Reached(model, self._names) if self.is_sharded else None
+        self._layers: LayerGradients | None = None
+
+    def watch_layers(
+        self, module: nn.Module, layers: Mapping[str, str], step: Callable[[], int]
+    ) -> None:
+        """From now on has the main process tell of layers whose gradients explode or vanish.
+
+        Not under FSDP2, where each norm would be one more message.
+
+        Args:
+            module: inside any wrapper.
+            layers: of each of its parameters, by name.
+            step: how many steps have been taken so far.
+        """
+        if self.accelerator.is_main_process and not self.is_sharded:
+            by_parameter = {id(p): layers[name] for name, p in module.named_parameters()}
+            self._layers = LayerGradients(
+                [by_parameter[id(p)] for p in self.parameters], step, self._say,
+                self.accelerator.scaler,
+            )
 
     def __getitem__(self, name: str) -> Tensor:
         """One named part: this process's sum before ``reduce``, everyone's after it."""
@@ -89,6 +121,8 @@ class StepSums:
         self._has_all = False
         if self._reached is not None:
             self._reached.names.clear()
+        if self._pace is not None:
+            self._pace.begin()
 
     def no_sync(self, is_last: bool) -> AbstractContextManager:
         """Keeps DDP from reducing: always for the exact sum, else on all but the last backward, as
@@ -111,6 +145,8 @@ class StepSums:
             self._reached.counts = is_real
         if not self.reduces_elsewhere:
             return loss
+        if self._pace is not None:
+            self._pace.mark()  # DDP waits for the others in the last backward
         return loss * (self.world_size if is_real else 0)
 
     def add(self, name: str, values: list[Tensor], is_real: bool) -> None:
@@ -145,7 +181,16 @@ class StepSums:
         """
         if self.is_sharded:
             self._reduce_sharded()
-            return
+        else:
+            self._reduce_whole()
+        if self._layers is not None:
+            self._layers.look(self.parameters)
+
+    def _reduce_whole(self) -> None:
+        if self._pace is not None:
+            if not self.reduces_elsewhere:
+                self._pace.mark()
+            self._pace.add_to(self.parts["pace"])
         if not self.sums_gradients and (self._is_first or self._ddp_reduces):
             unused = {i for i, p in enumerate(self.parameters) if p.grad is None}
             if self._compares:
@@ -154,6 +199,8 @@ class StepSums:
             self._look_for_unused(unused)
         if self.world_size > 1:
             torch.distributed.all_reduce(self.vector)
+        if self._pace is not None:
+            self._pace.take(self.parts["pace"])
         if not self.sums_gradients:
             return
         unused: set[int] = set()

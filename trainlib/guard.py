@@ -1,4 +1,4 @@
-"""The guard: no step with a non-finite loss or gradient changes anything.
+"""The guard: no step with a non-finite loss or gradient changes anything, and no spike if asked.
 
 Its verdict rests on values that all processes share, so all skip alike. On a CPU it is a host
 read; on an accelerator the fused optimizers read a device flag, and the host learns of a skipped
@@ -7,7 +7,6 @@ step one step late, so that a normal step never waits for the device.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from trainlib import shards
+from trainlib import shards, spikes, terminal
+from trainlib.journal import Journal
 
 if TYPE_CHECKING:
     from trainlib.progress import Progress
@@ -94,18 +94,23 @@ class Guard:
         optimizer: torch.optim.Optimizer,
         device: torch.device,
         scaler: torch.amp.GradScaler | None,
-        bad_steps_file: Path | None,
         inspect_step: Callable[[int], dict],
+        bad_steps_file: Path | None = None,
+        recent: spikes.Recent | None = None,
     ):
         """
         Args:
             optimizer: unwrapped.
             scaler: of fp16, whose search for a scale skips steps that are nobody's fault.
-            bad_steps_file: written by the process that has one.
             inspect_step: names the samples of a step, for the list.
+            bad_steps_file: the list, written by the process that has one.
+            recent: the run's steps by which spikes are judged and skipped, kept up to date here;
+                None: spikes pass.
         """
         self.optimizer, self.scaler = optimizer, scaler
         self.bad_steps_file, self.inspect_step = bad_steps_file, inspect_step
+        self.recent = recent
+        self._bad_steps = None if bad_steps_file is None else Journal(bad_steps_file, terminal.say)
         is_fused = all(group.get("fused") for group in optimizer.param_groups)
         # Optimizers that are not fused ignore found_inf or raise on it: for them the host reads,
         # as it does for the scaler, which reads on the host itself.
@@ -117,48 +122,45 @@ class Guard:
         self.on_device = device.type == "cuda" and is_fused and scaler is None and not is_offloaded
         self.healthy: bool | Tensor = True
 
-    def allows(self, losses: Tensor, grad_norm: Tensor) -> bool:
+    def allows(self, step: int, losses: Tensor, grad_norm: Tensor) -> bool:
         """Whether the script may call ``optimizer.step()``; ``healthy`` holds the verdict.
 
         With the flag on the device the answer is always yes, and the optimizer itself skips.
+
+        Args:
+            losses: [parts], whose sum is the step's loss.
         """
+        limits = [level.limit for level in self._levels(step)]
         if not self.on_device:
-            self.healthy = all(map(math.isfinite, [*losses.tolist(), grad_norm.item()]))
+            values = [sum(losses.tolist()), grad_norm.item()]
+            self.healthy = all(map(math.isfinite, values)) and not _exceeds(values, limits)
             return self.healthy
-        self.healthy = finite = losses.isfinite().all() & grad_norm.isfinite()
-        self.optimizer.found_inf = (~finite).float()
+        self.healthy = losses.isfinite().all() & grad_norm.isfinite()
+        for value, limit in zip((losses.sum(), grad_norm.double()), limits, strict=False):
+            self.healthy = self.healthy & (value <= limit)
+        self.optimizer.found_inf = (~self.healthy).float()
         self.optimizer.grad_scale = None
         return True
 
     def observe(self, record: StepRecord, progress: Progress) -> str | None:
-        """Takes note of a step, and in ``progress`` of how many in a row were bad.
+        """Takes note of a step, and in ``progress`` of how many in a row were not finite.
 
         Returns:
             A line about a skipped step, for the log.
 
         Raises:
-            Diverged: too many skipped steps in a row.
+            Diverged: too many steps in a row that were not finite.
         """
         if record.is_finite:
             progress.bad_steps_in_a_row = 0
-            return None
+            return self._observe_spike(record)
         if self._is_scale_search(record):
             return None
         progress.bad_steps_in_a_row += 1
         in_a_row = progress.bad_steps_in_a_row
         what = "loss" if not all(map(math.isfinite, record.losses)) else "gradient"
         line = f"step {record.step}: the {what} is not finite; update skipped on all processes"
-        if self.bad_steps_file is not None or self.is_sharded:
-            details = self.inspect_step(record.step)
-        if self.bad_steps_file is not None:
-            entry = {"step": record.step, "reason": what} | details
-            with self.bad_steps_file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(entry) + "\n")
-            if details["suspects"]:
-                shown = ", ".join(map(str, details["suspects"][:5]))
-                more = len(details["suspects"]) - 5
-                line += f"; non-finite loss in row {shown}" + (f" and {more} more" * (more > 0))
-            line += f" ({self.bad_steps_file.name})"
+        line += self._list(record.step, {"reason": what})
         if in_a_row >= MAX_BAD_STEPS_IN_A_ROW:
             raise Diverged(
                 f"{line}. {in_a_row} steps in a row: training has diverged; lower --optim.lr, or "
@@ -166,7 +168,46 @@ class Guard:
             )
         return line
 
+    def _levels(self, step: int) -> list[spikes.Level]:
+        return [] if self.recent is None else spikes.levels(self.recent, step)
+
+    def _observe_spike(self, record: StepRecord) -> str | None:
+        if self.recent is None:
+            return None
+        values, levels = [sum(record.losses), record.grad_norm], self._levels(record.step)
+        spikes.remember(self.recent, record.step, *values)
+        for what, value, level in zip(("loss", "gradient norm"), values, levels, strict=False):
+            if value > level.limit:
+                sigmas = (value - level.mean) / level.deviation
+                return (
+                    f"step {record.step}: the {what} {value:.4g} lies {sigmas:.1f} sigma above the "
+                    f"mean {level.mean:.4g} of {spikes.WINDOW} steps; update skipped on all "
+                    "processes" + self._list(record.step, {
+                        "reason": f"spike of the {what}", "value": value, "mean": level.mean,
+                        "deviation": level.deviation,
+                    })
+                )
+        return None
+
+    def _list(self, step: int, entry: dict) -> str:
+        """Adds a step and its samples to the list of bad ones; returns the end of a line."""
+        if self.bad_steps_file is not None or self.is_sharded:
+            details = self.inspect_step(step)
+        if self.bad_steps_file is None:
+            return ""
+        self._bad_steps.append({"step": step} | entry | details)
+        ending = ""
+        if details["suspects"]:
+            shown = ", ".join(map(str, details["suspects"][:5]))
+            more = len(details["suspects"]) - 5
+            ending = f"; non-finite loss in row {shown}" + (f" and {more} more" * (more > 0))
+        return f"{ending} ({self.bad_steps_file.name})"
+
     def _is_scale_search(self, record: StepRecord) -> bool:
         """Whether fp16's scaler overflowed on its way to a fitting scale (below 1, none fits)."""
         losses_are_finite = all(map(math.isfinite, record.losses))
         return self.scaler is not None and losses_are_finite and self.scaler.get_scale() >= 1
+
+
+def _exceeds(values: list[float], limits: list[float]) -> bool:
+    return any(value > limit for value, limit in zip(values, limits, strict=False))

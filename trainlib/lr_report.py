@@ -20,6 +20,7 @@ from trainlib.schedule import check_duration
 if TYPE_CHECKING:
     from trainlib.gradients import StepSums
     from trainlib.guard import Guard
+    from trainlib.runlog import RunLog
     from trainlib.runtime import Requests
 
 
@@ -86,21 +87,23 @@ def counted(num_steps: int, what: str) -> Iterator[int]:
 
 
 def auto_rate(
-    loss_at: Callable[[int, float], float | None], run_dir: Path, say: Callable[[str], object],
-    is_main: bool,
+    run_log: RunLog, train_step: Callable[[int, float], object], sums: StepSums, guard: Guard,
+    requests: Requests,
 ) -> float:
     """Sweeps as lr_find.py does by default, and leaves its files; returns the answer.
-
-    Args:
-        loss_at: of ``swept_loss``.
 
     Raises:
         UserError: the sweep has no answer.
     """
+    loss_at = swept_loss(train_step, sums, guard, requests)
     found = swept(loss_at, lr_sweep.sweep_rates(), lr_sweep.StopRule())
     suggestion = lr_suggestion.suggest(*found)
-    if is_main:
-        say(write_report(run_dir, [found], suggestion, {}))
+    if run_log.is_main:
+        try:
+            run_log.say(write_report(run_log.folder, [found], suggestion, {}))
+        except OSError as error:  # the answer is what the run needs
+            run_log.say(f"lr_find: {suggestion.verdict}; its files could not be written "
+                f"({error.strerror or error})")
     if suggestion.answer is None:
         raise UserError(f"optim.lr: auto: {suggestion.verdict}; give a number as --optim.lr, or "
                         "find one with lr_find.py, which has these options")
@@ -154,9 +157,7 @@ def write_report(
         return "\n".join(lines)
     lines.append(f"train with --optim.lr {answer:.2g}")
     if recipe is not None:
-        applied = recipe.model_copy(update={
-            "run_dir": str(run_dir), "optim": recipe.optim.model_copy(update={"lr": answer}),
-        })
+        applied = recipe.replaced({"run_dir": str(run_dir), "optim.lr": answer})
         text = to_yaml(applied, leave_out=("apply", "sweep"))
         durable.write_text(run_dir / "lr_find.yaml", text)
         lines[-1] += f", or --recipe {run_dir / 'lr_find.yaml'}"

@@ -150,6 +150,7 @@ def resolve_lengths(
         )
     except ValueError as error:
         raise UserError(f"schedule.{error}") from error
+    args["final_fraction"] = schedule.final_fraction
     if optim.ema_half_life is None:
         return args, None
     half_life = duration_steps(optim.ema_half_life, num_samples, global_size, total_steps)

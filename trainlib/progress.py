@@ -2,10 +2,11 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
+from trainlib import spikes
 from trainlib.config import Options, UserError, nearest
 from trainlib.schedule import check_duration, duration_steps
 
@@ -23,6 +24,10 @@ class LoopOptions(Options):
     micro_f1 or miou, if it has one, else eval/loss."""
     patience: int | None = Field(None, ge=1)
     """Stop after so many evaluations without a new best; none: never."""
+    on_spike: Literal["ignore", "skip"] = "ignore"
+    """What to do with an update whose loss or gradient norm lies more than 6 standard deviations
+    above the mean of 128 steps before it: nothing, or leave it out and list it in
+    bad_steps.jsonl."""
 
 
 @dataclass
@@ -43,6 +48,7 @@ class Progress:
     plateau_best: float | None = None
     plateau_bad_evaluations: int = 0
     plateau_cooldown_left: int = 0
+    recent: spikes.Recent = field(default_factory=list)  # where loop.on_spike is skip
 
     def observe(self, value: float, lower_is_better: bool, results: dict[str, dict]) -> bool:
         """Takes an evaluation in and says whether it is the best so far.
@@ -62,10 +68,10 @@ class Progress:
         return improved
 
     def reduce_on_plateau(
-        self, value: float, lower_is_better: bool, floor: float, *, factor: float, patience: int,
-        threshold: float, cooldown: int,
+        self, value: float, lower_is_better: bool, *, final_fraction: float, factor: float,
+        patience: int, threshold: float, cooldown: int,
     ) -> None:
-        """Multiplies ``lr_factor`` by ``factor``, but not below ``floor``, after more than
+        """Multiplies ``lr_factor`` by ``factor``, not below ``final_fraction``, after more than
         ``patience`` evaluations in a row without a relative improvement above ``threshold``.
 
         He et al. 2016 (ResNet), section 3.4; the same as torch's ReduceLROnPlateau, ``rel``, but
@@ -86,7 +92,7 @@ class Progress:
             self.plateau_cooldown_left -= 1
             self.plateau_bad_evaluations = 0
         if self.plateau_bad_evaluations > patience:
-            self.lr_factor = max(self.lr_factor * factor, floor)
+            self.lr_factor = max(self.lr_factor * factor, final_fraction)
             self.plateau_bad_evaluations = 0
             self.plateau_cooldown_left = cooldown
 

@@ -24,6 +24,7 @@ from torch import nn
 
 from trainlib import plots, shards, terminal
 from trainlib.config import Options
+from trainlib.journal import Journal
 from trainlib.schedule import (
     check_duration,
     check_interval,
@@ -115,8 +116,7 @@ class RunLog:
         self.trackers = trackers
         if not self.is_main:
             return
-        self._path = folder / "metrics.jsonl"
-        self._file = self._path.open("a", encoding="utf-8")
+        self._journal = Journal(folder / "metrics.jsonl", self.say)
         every = interval(options.print_every, num_samples, samples_per_step, total_steps)
         self._progress = terminal.RunProgress(
             total_steps, first_step, samples_per_step, self.epochs_per_step, eval_every, shown,
@@ -126,10 +126,11 @@ class RunLog:
         if self.trackers:
             self.trackers.replay(self._records())
 
-    def say(self, line: str | None) -> None:
-        """One line on the terminal, from the main process; None is silent."""
-        if self.is_main and line is not None:
-            terminal.say(line)
+    def say(self, *lines: str | None) -> None:
+        """Lines on the terminal, from the main process; None is silent."""
+        for line in lines:
+            if self.is_main and line is not None:
+                terminal.say(line)
 
     def watch(
         self, module: nn.Module, optimizer: torch.optim.Optimizer, step: Callable[[], int]
@@ -228,9 +229,9 @@ class RunLog:
         Returns:
             Whether a tracker was given up, which may yet hold the process back.
         """
-        if self.is_main and not self._file.closed:
+        if self.is_main and not self._journal.is_closed:
             self._end_bar()
-            self._file.close()
+            self._journal.close()
             if exit_code == _DIVERGED and self.options.report:
                 self._draw()
             self.trackers.close(exit_code)
@@ -242,16 +243,16 @@ class RunLog:
         # JSON has no NaN; null says as much, and bad_steps.jsonl tells the story.
         record = {"step": step, "epoch": step * self.epochs_per_step}
         record |= {k: v if math.isfinite(v) else None for k, v in values.items()}
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        self._journal.append(record)
         self.trackers.log(record)
 
     def _records(self) -> list[dict]:
         """Those of before an interruption."""
         records = []
-        for line in self._path.read_bytes().splitlines():
-            with suppress(ValueError):  # what a power cut has torn
-                records.append(json.loads(line))
+        with suppress(OSError):  # nothing yet, or a disk that is gone
+            for line in self._journal.path.read_bytes().splitlines():
+                with suppress(ValueError):  # what a power cut has torn
+                    records.append(json.loads(line))
         return [record for record in records if isinstance(record, dict) and "step" in record]
 
     def _end_bar(self) -> None:

@@ -276,6 +276,32 @@ def interval(
     return max(1, duration_steps(text, num_samples, global_size, total_steps)), None
 
 
+def check_clock_time(text: str) -> str:
+    """``text`` itself if it reads like ``"30 seconds"``, ``"10 minutes"`` or ``"2 hours"``.
+
+    Raises:
+        ValueError: it does not, or is less than a second.
+    """
+    if not 1 <= _clock_seconds(text) < 1e9:
+        raise ValueError('a time reads like "30 seconds", "10 minutes" or "2 hours", and is a '
+                         "second at least")
+    return text
+
+
+def _clock_seconds(text: str) -> float:
+    match = _CLOCK_TIME.fullmatch(text)
+    return 0.0 if match is None else float(match[1]) * _SECONDS[match[2].lower()]
+
+
+def clock_seconds(text: str) -> float:
+    """The seconds that a time by the clock means.
+
+    Raises:
+        ValueError: as ``check_clock_time``.
+    """
+    return _clock_seconds(check_clock_time(text))
+
+
 def is_time(step: int, every_steps: int, total_steps: int) -> bool:
     """Whether what is due every ``every_steps`` is due after ``step`` steps; always at the end."""
     return step == total_steps or (every_steps > 0 and step % every_steps == 0)

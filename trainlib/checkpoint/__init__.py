@@ -8,6 +8,6 @@ that verifies (``start``). ``best/`` and ``final/`` are written the same way.
 
 from trainlib.checkpoint.checkpoints import CheckpointOptions, Checkpoints, SaveFailed
 from trainlib.checkpoint.rehearsal import undone
-from trainlib.checkpoint.start import Start
+from trainlib.checkpoint.start import Start, identity
 
-__all__ = ["CheckpointOptions", "Checkpoints", "SaveFailed", "Start", "undone"]
+__all__ = ["CheckpointOptions", "Checkpoints", "SaveFailed", "Start", "identity", "undone"]

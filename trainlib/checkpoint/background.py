@@ -1,5 +1,6 @@
 """Writing beside the training: the loop waits for a copy to host memory, and for nothing else."""
 
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -28,6 +29,7 @@ class BackgroundWriter:
         self._jobs: dict[str, Future] = {}
         self._latest: dict[str, tuple[str, Callable[[], object]]] = {}
         self._copies: dict[str, dict[tuple[str, str], Tensor]] = {}
+        self._copying = threading.Lock()  # other jobs may write a name's copies again
 
     def submit(
         self, name: str, what: str, files: Files, write: Callable[[Files], object]
@@ -42,22 +44,26 @@ class BackgroundWriter:
                 ``failures`` until a later job of that name succeeds. Anything else it raises is
                 raised by the next ``submit`` or by ``wait``.
         """
-        if name in self.failures:  # whose copies another job may be trying to write
-            self.wait()
         self._wait_for(name)
-        copies = self._copy(name, files)
-        self._latest[name] = (what, lambda: write(copies))
+        with self._copying:
+            self._latest[name] = (what, _refuse)  # should the copy end half-way
+            copies = self._copy(name, files)
+            self._latest[name] = (what, lambda: write(copies))
         self._jobs[name] = self._thread.submit(self._run, name)
 
-    def retry(self, name: str) -> None:
+    def retry(self, name: str, is_lost: bool = False) -> None:
         """Writes the latest job of a name again if it has failed; to be called by another job.
+
+        Args:
+            is_lost: what it has written, if it has, is there no more.
 
         Raises:
             OSError: it has failed again.
         """
-        if name in self.failures:
-            self._latest[name][1]()
-            del self.failures[name]
+        with self._copying:
+            if name in self.failures or (is_lost and name in self._latest):
+                self._latest[name][1]()
+                self.failures.pop(name, None)
 
     def wait(self) -> None:
         """Returns when everything has been written."""
@@ -95,3 +101,7 @@ class BackgroundWriter:
         for (file, key), copy in held.items():
             copies[file][key] = copy
         return copies
+
+
+def _refuse() -> None:
+    raise OSError("its copy in memory was not finished")

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from trainlib import agreement, durable, shards
+from trainlib import agreement, durable, journal, shards
 from trainlib.checkpoint.background import BackgroundWriter, Files
 from trainlib.checkpoint.layout import (
     CONFIG,
@@ -31,10 +31,13 @@ from trainlib.checkpoint.start import Start, find_newest
 from trainlib.checkpoint.state import describe, model_tensors, optimizer_state
 from trainlib.config import Options, UserError
 from trainlib.schedule import check_interval, interval, is_time
+from trainlib.user_code import describe_error
 
 if TYPE_CHECKING:
     from trainlib.ema import Ema
     from trainlib.progress import Progress
+
+Describe = Callable[[str, dict[str, Any], dict[str, dict]], Callable[[], dict[str, str]]]
 
 
 class CheckpointOptions(Options):
@@ -112,16 +115,23 @@ class Checkpoints:
         ]
         return Start(self.folder / found["name"], state, notes)
 
-    def open(self, say: Callable[[str], object], check_lock: Callable[[], object]) -> None:
+    def open(
+        self, say: Callable[[str], object], check_lock: Callable[[], object],
+        describe: Describe | None = None,
+    ) -> None:
         """Starts to write.
 
         Args:
             say: told in a line of what could not be written.
-            check_lock: ends the process if the folder is no longer this run's.
+            check_lock: ends the process if the folder is no longer this run's; raises ``OSError``
+                where it is not there.
+            describe: from the arguments of an export but its module to what makes further files,
+                by name, while training goes on.
         """
         self._writer, self._check_lock = BackgroundWriter(say), check_lock
+        self._say, self._describe = say, describe
 
-    def is_due(self, step: int, is_asked: bool) -> bool:
+    def is_due(self, step: int, is_asked: bool = False) -> bool:
         """Whether a checkpoint is to be written after ``step`` steps and there is none yet."""
         is_due = is_asked or is_time(step, self.every_steps, self.total_steps)
         return is_due and step > self.last_step
@@ -151,7 +161,7 @@ class Checkpoints:
             "format": FORMAT, "step": progress.step, "identity": self.identity,
             "progress": asdict(progress), "optimizer": packed,
             "scaler": scaler.state_dict() if (scaler := self.accelerator.scaler) else {},
-            "logs": {log.name: log.stat().st_size for log in self.logs if log.exists()},
+            "logs": (log_sizes := {log.name: journal.size(log) for log in self.logs}),
             "machine": self._machine() | {"world_size": self.accelerator.num_processes},
             "tensors": {file: describe(tensors) for file, tensors in files.items()},
         }
@@ -160,7 +170,7 @@ class Checkpoints:
         target = step_folder(self.folder, progress.step)
         self._writer.submit(
             "checkpoint", f"checkpoints/{target.name}", files,
-            lambda copies: self._write(target, _writers(copies, texts, parameters)),
+            lambda copies: self._write(target, _writers(copies, texts, parameters), log_sizes),
         )
 
     def export(
@@ -185,9 +195,10 @@ class Checkpoints:
             return
         texts = {CONFIG: self.config, "labels.json": json.dumps(labels, indent=1) + "\n",
                  "evaluation.json": json.dumps(results, indent=1) + "\n"}
+        described = self._describe and self._describe(name, labels, results)
 
         def write(copies: Files) -> None:
-            writers = _writers(copies, texts, parameters)
+            writers = _writers(copies, self._more_texts(described, name) | texts, parameters)
             self._check_lock()
             durable.write_folder(self.run_dir / name, writers, with_manifest=False)
 
@@ -197,6 +208,9 @@ class Checkpoints:
     def load_best(self, module: nn.Module) -> None:
         """Puts the weights of ``best/``, once it has been written, into the module."""
         file = self.run_dir / "best" / MODEL
+        if not agreement.from_main(self.is_main and file.exists(), self.accelerator.device):
+            raise SaveFailed(f"{file} is gone: the weights at the end and a checkpoint of them are "
+                             "written, the best ones are lost")
         opened = safe_open(file, "pt") if self.is_main else None
         for name, own in model_tensors(module).items():
             if not name.startswith(TRAINING_ONLY):
@@ -223,20 +237,33 @@ class Checkpoints:
             raise SaveFailed(f"not written: {'; '.join(failures)}; mend that, and run the same "
                              "command again: what was written before stands")
 
-    def _write(self, target: Path, writers: dict[str, Callable[[Path], object]]) -> None:
+    def _write(
+        self, target: Path, writers: dict[str, Callable[[Path], object]], log_sizes: dict[str, int]
+    ) -> None:
         self._check_lock()
         # A checkpoint says which weights are the best: best/ has to hold them before.
-        self._writer.retry("best")
+        self._writer.retry("best", is_lost=not (self.run_dir / "best").exists())
         durable.remove_leftovers(self.folder)
         for path in self._damaged:
             durable.remove_folder(path)
         self._damaged = []
-        for log in self.logs:  # which state.json counts on
+        for log in self.logs:  # which state.json counts on: no line of them may wait in memory
+            journal.flush(log, log_sizes[log.name])
             durable.sync_file(log)
         durable.write_folder(target, writers)
         whole = step_folders(self.folder)  # older ones go only now that a newer one is safe
         for path in whole[: whole.index(target) + 1][: -self.keep]:
             durable.remove_folder(path)
+
+    def _more_texts(
+        self, described: Callable[[], dict[str, str]] | None, name: str
+    ) -> dict[str, str]:
+        """The files that describe an export; whatever is wrong with them costs no weights."""
+        try:
+            return described() if described is not None else {}
+        except Exception as error:
+            self._say(f"{name}/README.md: not written ({describe_error(error)})")
+            return {}
 
     def _machine(self) -> dict[str, str]:
         """What may change bits where it changes."""

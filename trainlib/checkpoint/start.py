@@ -16,6 +16,7 @@ from trainlib.checkpoint.state import load_optimizer, model_tensors
 from trainlib.config import UserError
 
 if TYPE_CHECKING:
+    from trainlib.data import BatchOptions
     from trainlib.ema import Ema
 
 _WAY_OUT = "choose another --run_dir, or bring back the former"
@@ -74,6 +75,12 @@ class Start(NamedTuple):
                             "another --run_dir") from error
         if accelerator.scaler is not None and state["scaler"]:
             accelerator.scaler.load_state_dict(state["scaler"])
+
+
+def identity(seed: int, batch: "BatchOptions", data_fingerprint: str) -> dict[str, Any]:
+    """What must be the same before and after an interruption, by option."""
+    return {"seed": seed, "batch.global_size": batch.global_size,
+            "batch.micro_size": batch.micro_size, "data": data_fingerprint}
 
 
 def find_newest(

@@ -95,12 +95,15 @@ class ImageDecoder:
         place = f"{self.where}, row {row}" + (f" ({path})" if path else "")
         if content is None and path is None:
             raise UserError(f"{place}: the image is missing; remove the row")
+        image = None
         try:
             image = Image.open(path if content is None else io.BytesIO(content))
             image.load()
             if _ORIENTED & image.info.keys():  # asking Pillow costs as much as a small image
                 ImageOps.exif_transpose(image, in_place=True)
         except Exception as error:  # Pillow's readers raise whatever a broken file makes them
+            if image is not None:
+                image.close()
             reason = ("in no format that Pillow knows" if isinstance(error, UnidentifiedImageError)
                       else " ".join(str(error).split()))
             raise UserError(f"{place}: not an image that can be decoded ({reason}); mend or remove "
@@ -167,12 +170,14 @@ class NumberDecoder:
     """Columns of numbers, to [rows, columns], or one column of equal lists, to [rows, ...]."""
 
     def __init__(
-        self, table: datasets.Dataset, columns: list[str], keep_integers: bool, where: str
+        self, table: datasets.Dataset, columns: list[str], keep_integers: bool, where: str,
+        sizes: list[int] | None = None,
     ):
         """
         Args:
             keep_integers: lists of integers become int64; everything else is fp32.
             where: what the table is, for messages.
+            sizes: of the lists, from the outermost; none: the first row's.
         """
         import pyarrow
         import pyarrow.types as types
@@ -182,6 +187,12 @@ class NumberDecoder:
         self.depth, number_type = nesting(table, columns[0])
         keeps = keep_integers and self.depth > 0 and types.is_integer(number_type)
         self.type = pyarrow.int64() if keeps else pyarrow.float32()
+        if sizes is not None and self.depth:
+            if len(sizes) != self.depth:
+                raise UserError(f"{where}: {columns[0]!r} holds lists {self.depth} deep, in "
+                                f"training they were {len(sizes)} deep")
+            self.sizes = list(sizes)
+            return
         self.sizes: list[int] = []  # of the lists, from the outermost
         first = _storage(self.table[:1][columns[0]])[0].as_py()
         for _ in range(self.depth):

@@ -64,6 +64,11 @@ class Dataset:
         """From tokens back to text; none where there are none."""
         return None if self.tokenizer is None else load_tokenizer(self.tokenizer, False).decode
 
+    def tokenizer_json(self) -> str | None:
+        """The tokenizer as a ``tokenizer.json``; none where there is none, or that of bytes."""
+        to_json = None if self.tokenizer is None else load_tokenizer(self.tokenizer, False).to_json
+        return None if to_json is None else to_json()
+
 
 def load(source: Source, options: DataOptions, tasks: Mapping[str, TaskOptions]) -> Dataset:
     """Both splits of a source, checked and measured in one pass over each.

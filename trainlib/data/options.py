@@ -131,16 +131,25 @@ class DataOptions(Options):
 class BatchOptions(Options):
     global_size: int = Field(64, ge=1)
     """Samples per optimizer step over all processes; the learning curve depends on it."""
-    micro_size: int = Field(32, ge=1)
-    """Samples per forward; equal sizes give bit-equal weights on any number of processes."""
+    micro_size: int | Literal["auto"] = 32
+    """Samples per forward; equal sizes give bit-equal weights on any number of processes. auto: the
+    largest that fits into memory, found before the first step and kept in the run folder; dropout,
+    augmentation and BatchNorm then depend on the machine."""
     eval_size: int = Field(256, ge=1)
     """Samples per forward in evaluation."""
     exact_sum: bool | None = None
     """Sum gradients in float64, so that no bit depends on the processes; none: on for CPU only."""
 
+    @field_validator("micro_size", mode="before")
+    @classmethod
+    def _is_a_size(cls, size: Any) -> Any:
+        if size != "auto" and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+            raise ValueError("a number of samples >= 1, or auto")
+        return size
+
     @model_validator(mode="after")
     def _micro_fits(self) -> "BatchOptions":
-        if self.micro_size > self.global_size:
+        if self.micro_size != "auto" and self.micro_size > self.global_size:
             raise ValueError(
                 f"micro_size: {self.micro_size} is more than batch.global_size "
                 f"{self.global_size}: a micro-batch is a part of the global batch; "
@@ -150,3 +159,9 @@ class BatchOptions(Options):
             raise ValueError("exact_sum: FSDP2 sums gradients itself, in fp32; leave it out, or "
                              "use a config without FSDP2")
         return self
+
+    @property
+    def smallest_micro_batch(self) -> int:
+        """Samples of the smallest micro-batch; as long as the size is not known, 2 at most."""
+        size = min(2, self.global_size) if self.micro_size == "auto" else self.micro_size
+        return (self.micro_size != "auto" and self.global_size % size) or size

@@ -39,6 +39,8 @@ class Tokenizer(NamedTuple):
     """From texts to the numbers of each, [tokens] integers; nothing is cut off."""
     decode: Callable[[list[int]], str]
     """Back to text, special tokens and all."""
+    to_json: Callable[[], str] | None = None
+    """Itself as a ``tokenizer.json``; none of bytes."""
 
 
 def load_tokenizer(name: str, add_special: bool) -> Tokenizer:
@@ -87,7 +89,8 @@ def load_tokenizer(name: str, add_special: bool) -> Tokenizer:
         known, vocab_size = [vocab_size], vocab_size + 1
     fingerprint = hashlib.sha256(content.encode()).hexdigest()
     return Tokenizer(name, vocab_size, known[0], sep if eos is None else eos, fingerprint, encode,
-                     lambda numbers: backend.decode(numbers, skip_special_tokens=False))
+                     lambda numbers: backend.decode(numbers, skip_special_tokens=False),
+                     backend.to_str)
 
 
 def _load_from_transformers(name: str) -> Any:

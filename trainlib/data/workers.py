@@ -22,12 +22,16 @@ _SIGNALS = [getattr(signal, name)
 
 def decoded(
     decode: Decoder, row_lists: Iterable[np.ndarray], workers: int, pin_memory: bool = False,
-    target_decoders: Mapping[str, Decoder] | None = None,
+    target_decoders: Mapping[str, Decoder] | None = None, is_forgiving: bool = False,
 ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-    """Inputs and decoded targets of each list of rows, in order, by worker processes if any."""
+    """Inputs and decoded targets of each list of rows, in order, by worker processes if any.
+
+    Args:
+        is_forgiving: give a UserError in place of rows, and go on.
+    """
     rows_of = Rows(decode, target_decoders or {})
     if workers == 0:
-        yield from map(rows_of.read, row_lists)
+        yield from map(rows_of.__getitem__ if is_forgiving else rows_of.read, row_lists)
         return
     loader = DataLoader(
         rows_of, sampler=row_lists, batch_size=None, num_workers=workers,
@@ -36,7 +40,7 @@ def decoded(
     )
     # Without a name: in a traceback's frame it would keep the workers alive after an error.
     for read in _start(loader):
-        if isinstance(read, UserError):
+        if isinstance(read, UserError) and not is_forgiving:
             raise read
         yield read
 

@@ -20,10 +20,11 @@ from trainlib.distillation.report import (
 )
 from trainlib.distillation.stored import StoredOutputs, check_cache
 from trainlib.distillation.teacher import build_teachers
-from trainlib.distillation.teachers import Teachers, student_arguments
+from trainlib.distillation.teachers import Teachers, losses_of_trial, student_arguments
 
 __all__ = [
     "Both", "Comparison", "DistillOptions", "FeatureLosses", "SoftLoss", "StoredOutputs",
     "Teachers", "build_teachers", "check_cache", "kd_items", "logged_losses", "loss_parts",
+    "losses_of_trial",
     "of_teachers", "plan_jobs", "results_alone", "run_jobs", "student_arguments", "summarize",
 ]

@@ -21,23 +21,29 @@ def plan_jobs(options: Options, run_dir: str) -> list[Options]:
         run_dir: of the student.
 
     Raises:
-        UserError: no teacher, an average that is not made, or the mistakes of a teacher's recipe.
+        UserError: no teacher, an average that is not made, no number for two students to share, or
+            the mistakes of a teacher's recipe.
     """
     chosen = options.distill
     if options.optim.ema_half_life is None and any(one.ema for one in chosen.teachers or []):
         raise UserError("distill.teachers: ema is the average of the student's weights; set "
                         "optim.ema_half_life, which makes one")
+    if chosen.baseline and options.batch.micro_size == "auto":
+        raise UserError("distill.baseline: the student alone has to train as the student does, but "
+                        "batch.micro_size auto may find it another size, since teachers take "
+                        "memory, too; give both the number that RUN_DIR/config.yaml holds after "
+                        "auto without distill.baseline, or one of your own")
     if chosen.teaches and chosen.teachers is None:
         if options.data.source != "builtin:digits":
             raise UserError("distill.teachers: none given; name the folder of a run, as in "
                             "--distill.teachers '[runs/large]', or set --distill.kd_weight 0")
-        chosen = chosen.model_copy(update={"teachers": [_DEFAULT]})
-    student = options.model_copy(update={"run_dir": run_dir, "distill": chosen})
+        chosen = chosen.replaced({"teachers": [_DEFAULT]})
+    student = options.replaced({"run_dir": run_dir, "distill": chosen})
     jobs = [_teacher_job(student, teacher) for teacher in chosen.teachers or []
             if chosen.teaches and teacher.recipe is not None
             and not (Path(teacher.run) / "final").exists()]
     if chosen.baseline and not (Path(run_dir) / "final").exists():
-        jobs.append(student.model_copy(update={
+        jobs.append(student.replaced({
             "run_dir": alone_dir(run_dir), "distill": DistillOptions(teachers=[], kd_weight=0.0)}))
     return [*jobs, student]
 
@@ -59,7 +65,7 @@ def _teacher_job(student: Options, teacher: TeacherOptions) -> Options:
         raise UserError(f"distill.teachers: {teacher.run}: its recipe has teachers of its own; "
                         "make that run first, with distill.py")
     changes = {name: getattr(student, name) for name in ("log", "deterministic", "cpu_threads")}
-    return job.model_copy(update=changes)
+    return job.replaced(changes)
 
 
 def run_jobs(
@@ -72,8 +78,10 @@ def run_jobs(
         run_folder: makes the folder of a run of its path.
     """
     last = jobs[-1]
+    student = run_folder(Path(last.run_dir))
     for job in jobs[:-1]:
         folder = run_folder(Path(job.run_dir))
+        folder.on_behalf_of = student
         try:
             train(job, folder)
         except SystemExit as end:

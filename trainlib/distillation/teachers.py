@@ -20,6 +20,9 @@ from trainlib.distillation.teacher import Teacher, part_of
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from trainlib.augment import Mix
+    from trainlib.distillation.features import FeatureLosses
+    from trainlib.distillation.objective import SoftLoss
     from trainlib.distillation.stored import StoredOutputs
     from trainlib.ema import Ema
     from trainlib.tasks import Task
@@ -166,3 +169,22 @@ def student_arguments(
             gives_hidden(student)):
         return otherwise
     return lambda targets: {"hidden_only": True}
+
+
+def losses_of_trial(
+    tasks: list[Task], teachers: Teachers, soft_losses: Mapping[str, SoftLoss],
+    features: FeatureLosses, output: Any, inputs: Tensor, targets: dict[str, Tensor],
+    mix: Mix | None,
+) -> list[Tensor]:
+    """Unreduced losses of a micro-batch that is only tried: hard, soft and of features.
+
+    Teachers are asked, also those whose outputs will be read from disk.
+    """
+    taught = teachers.teach(inputs, targets, np.empty(0))
+    losses: list[Tensor] = []
+    for task in tasks:
+        if task.name in taught:
+            losses += soft_losses[task.name].losses(output, taught[task.name], targets, mix)
+        else:
+            losses.append(task.losses(output, targets, mix))
+    return losses + features.losses()

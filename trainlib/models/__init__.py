@@ -6,7 +6,7 @@ the data knows (numbers of inputs, channels, classes) is filled in where a signa
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import yaml
@@ -20,11 +20,13 @@ from trainlib.config import Options, UserError, nearest, parse_yaml
 from trainlib.models import external
 from trainlib.models.external import check_args, check_name
 from trainlib.models.inputs import INPUT_BUFFERS, prepare_inputs
+from trainlib.models.portable import Portable, portable
 from trainlib.models.weights import parameter_table, start_weights, weights_file
 from trainlib.user_code import describe_error
 
 __all__ = [
-    "ModelOptions", "build_model", "complete", "load_model", "parameter_table", "start_weights",
+    "ModelOptions", "Portable", "build_model", "complete", "load_model", "parameter_table",
+    "portable", "start_weights",
 ]
 
 
@@ -54,6 +56,11 @@ class ModelOptions(Options):
     """Let BatchNorm normalise by the micro-batches that run at one time on all GPUs together, not
     each by its own: for micro-batches too small for it. The curve then depends on the number of
     processes."""
+    input_shape: list[int] | None = None
+    """Shape of one sample as the net is given it; always that of the data, whatever is given, so
+    that whoever has the weights has it."""
+    input_dtype: Literal["float32", "int64"] | None = None
+    """Numbers (float32) or tokens (int64); always that of the data."""
 
     @field_validator("compile", mode="before")
     @classmethod
@@ -91,7 +98,9 @@ def complete(
     args = external.complete_args(options.name, options.args, facts)
     if token_range is not None:
         external.check_vocabulary(args, token_range)
-    return options.model_copy(update={"args": args})
+    dtype = "float32" if token_range is None else "int64"
+    return options.replaced(
+        {"args": args, "input_shape": list(input_shape), "input_dtype": dtype})
 
 
 def build_model(
@@ -156,7 +165,7 @@ def load_model(run: str | Path) -> nn.Module:
     except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError) as error:
         raise UserError(f"{file.parent}: no config.yaml and labels.json of a run beside "
                         f"{file.name}: {describe_error(error)}") from error
-    options = options.model_copy(update={"args": external.without_pretrained(options)})
+    options = options.replaced({"args": external.without_pretrained(options)})
     try:
         with safe_open(file, "pt") as tensors:
             scale = [tensors.get_tensor(name) for name in INPUT_BUFFERS if name in tensors.keys()]

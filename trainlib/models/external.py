@@ -254,7 +254,7 @@ def build(name: str, args: dict[str, Any]) -> Any:
                                                dtype=torch.float32, ignore_mismatched_sizes=True)
         takes = inspect.signature(model.forward).parameters
         if "attention_mask" in takes and rest not in _LANGUAGE_MODELS:
-            model.register_forward_pre_hook(_mask_padding, with_kwargs=True)
+            model.register_forward_pre_hook(mask_padding, with_kwargs=True)
         if rest in _LANGUAGE_MODELS:
             offer_hidden(model)
         return model
@@ -262,7 +262,7 @@ def build(name: str, args: dict[str, Any]) -> Any:
     return function(**args)
 
 
-def _mask_padding(
+def mask_padding(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Lets no token look at the padding, where the inputs are tokens.

@@ -30,6 +30,13 @@ def prepare_inputs(
         if hasattr(model, name):
             raise UserError(f"model: the net has an attribute {name!r}, where the scale of the "
                             "inputs is kept; rename it")
+    scale_inputs(model, mean, deviation, channels_last)
+
+
+def scale_inputs(
+    model: nn.Module, mean: Tensor | None, deviation: Tensor | None, channels_last: bool
+) -> None:
+    """What ``prepare_inputs`` does, unchecked."""
     if mean is not None:
         for name, value in zip(INPUT_BUFFERS, (mean, deviation), strict=True):
             model.register_buffer(name, value.clone())

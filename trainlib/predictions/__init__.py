@@ -40,7 +40,7 @@ def records(tasks: list[Task], reader: EvalReader) -> list[Recorder]:
 
 
 def write(
-    folder: Path, said: Mapping[str, dict[str, Any]], tasks: list[Task], dataset: Dataset,
+    folder: Path, said: Mapping[str, dict[str, Any]] | None, tasks: list[Task], dataset: Dataset,
     model: nn.Module, options: LogOptions, run_log: RunLog,
 ) -> None:
     """Writes what a pass with ``records`` has found, and ``options.examples`` of it.
@@ -49,12 +49,12 @@ def write(
 
     Args:
         folder: of the run.
-        said: by task, the results of that pass.
+        said: by task, the results of that pass; none: it was not made.
         dataset: whose validation split that was.
         model: with the weights of that pass; in eval mode afterwards.
     """
     needs_all = shards.holds_sharded(model)
-    if not (run_log.is_main or needs_all):
+    if said is None or not (run_log.is_main or needs_all):
         return
     try:
         found = _examples(said, tasks, dataset, model.eval(), options.examples, run_log.device)
@@ -68,8 +68,9 @@ def write(
     try:
         _write_tables(folder, said, tasks, dataset.validation.rows.tolist())
         _write_examples(folder / _EXAMPLES, found)
-    except OSError as error:
-        run_log.say(f"predictions: not written ({error.strerror}); weights and metrics are")
+    except (OSError, MemoryError) as error:
+        why = getattr(error, "strerror", None) or "the machine's memory is full"
+        run_log.say(f"predictions: not written ({why}); weights and metrics are")
 
 
 def _examples(

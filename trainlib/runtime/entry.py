@@ -12,15 +12,11 @@ import torch
 
 from trainlib import terminal
 from trainlib.config import UserError, is_first_process
-from trainlib.runtime.folder import OUT_OF_MEMORY, RunFolder
+from trainlib.memory import OutOfMemory, advised
+from trainlib.runtime.folder import RunFolder
 from trainlib.runtime.restarts import leave_word, refuse_repetition
 from trainlib.runtime.signals import Preempted, Signals
-
-
-class OutOfMemory(Exception):
-    """There is too little memory for this run: exit code 6."""
-
-    exit_code = OUT_OF_MEMORY
+from trainlib.runtime.watchdog import Hang, as_hang
 
 
 def run(main: Callable[[list[str]], None]) -> None:
@@ -42,7 +38,9 @@ def run(main: Callable[[list[str]], None]) -> None:
     except (Exception, KeyboardInterrupt) as error:
         signals.end()
         terminal.end()
-        error = _advised(error)
+        folder = RunFolder.current
+        recipe, watchdog = (folder.recipe, folder.watchdog) if folder is not None else ({}, None)
+        error = advised(as_hang(error), recipe, watchdog.phase if watchdog is not None else "")
         code, reason = getattr(error, "exit_code", 1), str(error)
         if code == 1 and signals.received is not None:
             # A signal to all processes may end another one, or a library, before this one.
@@ -51,7 +49,8 @@ def run(main: Callable[[list[str]], None]) -> None:
         with suppress(OSError):  # the terminal may have gone away
             if code == 1:
                 sys.stderr.write(traceback.format_exc())
-            elif (is_first_process() or code == OUT_OF_MEMORY  # each has a memory of its own
+            # Each has a memory of its own; and the first may be the one that hangs.
+            elif (is_first_process() or code in (Hang.exit_code, OutOfMemory.exit_code)
                   or (code == UserError.exit_code and RunFolder.has_begun())):
                 print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
             elif code != Preempted.exit_code:
@@ -74,20 +73,3 @@ def run(main: Callable[[list[str]], None]) -> None:
     if is_distributed or (RunFolder.current is not None and RunFolder.current.has_abandoned):
         os._exit(code)
     sys.exit(code)
-
-
-def _advised(error: BaseException) -> BaseException:
-    """The error, or in place of one of memory one with a line of advice."""
-    if isinstance(error, torch.OutOfMemoryError):
-        # What it tried to allocate; behind that follow lines about the allocator.
-        what = ". ".join(str(error).split(". ")[:2]).strip().rstrip(".")
-        return OutOfMemory(
-            f"{what or 'out of memory'}; cut the model over the processes "
-            "(accelerate_configs/fsdp2.yaml), or begin a run in another --run_dir with a smaller "
-            "--batch.micro_size or with --model.gradient_checkpointing"
-        )
-    if isinstance(error, MemoryError):
-        what = f" ({error})" if str(error) else ""
-        return OutOfMemory(f"the machine's memory is full{what}; set --data.in_memory false, or "
-                           "take fewer --data.workers or fewer processes on a machine")
-    return error

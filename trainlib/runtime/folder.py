@@ -3,32 +3,31 @@
 import json
 import os
 import sys
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
-import yaml
 from accelerate import Accelerator
 
-from trainlib import agreement, durable, terminal
+from trainlib import agreement, durable, journal, terminal
+from trainlib.claim import Claim
 from trainlib.config import UserError, flatten, is_first_process, parse_yaml
 from trainlib.credentials import redact
-from trainlib.runtime.lock import RunLock, may_be_held
-from trainlib.runtime.machine import describe_machine, now, read_json
+from trainlib.memory import OutOfMemory
+from trainlib.runtime.lock import RunLock, may_be_held, not_writable
+from trainlib.runtime.machine import as_text, describe_machine, now, read_json
+from trainlib.runtime.recipes import change_of_length, differences_between
 from trainlib.runtime.restarts import refuse_restart
 from trainlib.runtime.signals import Preempted
+from trainlib.runtime.watchdog import HANG_FILE, Hang, Watchdog
 
 _EXIT, _LOCK, _LOG, _ENVIRONMENT = "exit.json", "run.lock", "log.txt", "environment.json"
 _OF_THE_END = ("predictions.csv", "loss_by_position.csv", "report.html")
-OUT_OF_MEMORY = 6  # the exit code
-_CODES_OF_ANY_PROCESS = (UserError.exit_code, Preempted.exit_code, OUT_OF_MEMORY)
-# Options that may differ when a run goes on: they change no weight. With these it says so.
-_FREE_OPTIONS = ("run_dir", "log.", "data.workers", "data.in_memory", "checkpoint.",
-                 "distill.cache_dir", "distill.baseline")
-_LENGTHS = ("loop.duration", "loop.patience")
-# Options that may differ between machines of one run: the data's fingerprint covers them.
-_LOCAL_OPTIONS = (*_FREE_OPTIONS, "data.source", "data.validation_split")
+_CODES_OF_ANY_PROCESS = (
+    UserError.exit_code, Preempted.exit_code, Hang.exit_code, OutOfMemory.exit_code
+)
 
 
 class RunFolder:
@@ -48,14 +47,22 @@ class RunFolder:
         refuse_restart(path / _EXIT)
         self.path, self.is_main, self._is_dry_run = path, is_first_process(), is_dry_run
         self.step = self.exit_code = 0
+        self.recipe: dict[str, Any] = {}
+        """The run's options by dotted name, once it is open."""
         self.notes: list[str] = []
         """Lines for the log."""
         self.at_exit: list[Callable[[], object]] = []
         """Called, in order, before the process ends for whatever reason; one that answers yes has
         left something that may hold the process back."""
         self.has_abandoned = False
+        self.watchdog: Watchdog | None = None
+        self.on_behalf_of: RunFolder | None = None
+        """Of the run that needs this one first; where a launcher looks for the end's code."""
         self._lock: RunLock | None = None
+        self._claim: Claim | None = None
         self._is_new = self._is_open = False
+        self._of_the_start: dict[str, str] = {}
+        self._checking = threading.Lock()
         RunFolder.current = self
 
     def open(
@@ -71,7 +78,7 @@ class RunFolder:
             SystemExit: this very run has finished there; exit code 0.
         """
         device = accelerator.device
-        differences = _differences(config, data_fingerprint, device)
+        differences = differences_between(config, data_fingerprint, device)
         if differences:
             raise UserError("\n".join(differences))
         outcome: dict[str, Any] = {}
@@ -87,6 +94,8 @@ class RunFolder:
             if self.is_main:
                 print(outcome["finished"])
             raise SystemExit(0)
+        self.recipe = flatten(parse_yaml(config))
+        self._claim = Claim(self.path / _LOCK, outcome["token"])
         self._is_open = True
 
     def examine(
@@ -109,7 +118,7 @@ class RunFolder:
             except OSError as error:
                 found = f"run_dir: {self.path} cannot be read ({error.strerror})"
         found = agreement.from_main(found, accelerator.device)
-        differences = _differences(config, data_fingerprint, accelerator.device)
+        differences = differences_between(config, data_fingerprint, accelerator.device)
         return differences if found is None else [*differences, found]
 
     def _take(self, config: str, steal_lock: bool) -> dict[str, str]:
@@ -119,14 +128,13 @@ class RunFolder:
                 return {"finished": finished}
             self._is_new = not self.path.exists()
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = RunLock(self.path / _LOCK, steal_lock, self._lose)
+            self._lock = RunLock(self.path / _LOCK, steal_lock, self._lose, say=terminal.say)
         except OSError as error:
-            raise UserError(f"run_dir: {self.path} cannot be written ({error.strerror}); choose "
-                            "another --run_dir") from error
+            raise not_writable(self.path, error) from error
         self.notes += [self._lock.note] if self._lock.note else []
         durable.remove_leftovers(self.path)
         (self.path / _EXIT).unlink(missing_ok=True)
-        return {}
+        return {"token": self._lock.token}
 
     def _check(self, config: str) -> str | None:
         """A line if this very run has finished here; raises UserError if it is another's folder."""
@@ -136,29 +144,11 @@ class RunFolder:
             raise UserError(f"run_dir: {self.path} is a file; choose another --run_dir")
         if self._is_blank():
             return None
-        try:
-            found = flatten(parse_yaml((self.path / "config.yaml").read_text(encoding="utf-8")))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError) as error:
-            raise UserError(f"run_dir: {self.path} holds files but no run (config.yaml); choose "
-                            "another --run_dir") from error
-        wanted = flatten(parse_yaml(config))
-        changed = {
-            name: f"{name} ({found.get(name, 'unset')} there, {wanted.get(name, 'unset')} here)"
-            for name in sorted(found | wanted)
-            if found.get(name) != wanted.get(name) and not name.startswith(_FREE_OPTIONS)
-        }
-        if found.get("optim.lr") == "auto" and not (self.path / "checkpoints").exists():
-            changed.pop("optim.lr", None)  # its sweep found none, and asked for a number
-        refused = [line for name, line in changed.items() if name not in _LENGTHS]
-        if refused:
-            raise UserError(
-                f"run_dir: {self.path} holds the run of another recipe: {', '.join(refused)}; "
-                "choose another --run_dir, or remove that folder"
-            )
-        if changed:
-            self.notes.append(f"goes on with another length: {', '.join(changed.values())}")
+        change = change_of_length(self.path, config)
+        if change is not None:
+            self.notes.append(change)
             return None
-        if self._former_exit().get("code") != 0:
+        if read_json(self.path / _EXIT).get("code") != 0:
             return None
         return (f"{self.path}: this run has finished. To go on, give a longer --loop.duration; for "
                 "another run, choose another --run_dir or remove that folder.")
@@ -171,11 +161,22 @@ class RunFolder:
         Args:
             step: 0, or that of the checkpoint.
             log_sizes: bytes of each log at that step; what follows will be written again.
+
+        Raises:
+            UserError: the folder cannot be written.
         """
         self.step = step
-        if not self.is_main:
-            terminal.log_to(self.path / _LOG)
-            return
+        if self.is_main:
+            try:
+                self._start(accelerator, config, step, log_sizes)
+            except OSError as error:
+                raise not_writable(self.path, error) from error
+            journal.Journal.check = self.check_lock
+        terminal.log_to(self.path / _LOG)
+
+    def _start(
+        self, accelerator: Accelerator, config: str, step: int, log_sizes: dict[str, int]
+    ) -> None:
         for name in ("metrics.jsonl", "bad_steps.jsonl"):
             file, size = self.path / name, log_sizes.get(name, 0)
             if size == 0:
@@ -188,26 +189,42 @@ class RunFolder:
         for name in _OF_THE_END:  # of a run that was shorter, about weights that will be gone
             (self.path / name).unlink(missing_ok=True)
         durable.remove_folder(self.path / "examples")
-        durable.write_text(self.path / "config.yaml", config)
         machine = describe_machine(accelerator)
         start = {"time": now(), "step": step, "processes": machine["world_size"]}
         machine["starts"] = [*read_json(self.path / _ENVIRONMENT).get("starts", []), start]
-        self.write(_ENVIRONMENT, machine)
-        terminal.log_to(self.path / _LOG)
+        self._of_the_start = {"config.yaml": config, _ENVIRONMENT: as_text(machine)}
+        for name, text in self._of_the_start.items():
+            durable.write_text(self.path / name, text)
 
     def write(self, name: str, content: dict[str, Any]) -> None:
-        """Writes a file of JSON into the folder."""
+        """Writes a file of JSON into the folder; says so if it cannot."""
         if self.is_main:
-            durable.write_text(self.path / name, json.dumps(content, indent=1) + "\n")
+            try:
+                durable.write_text(self.path / name, as_text(content))
+            except OSError as error:
+                terminal.say(f"{name}: not written ({error.strerror or error})")
 
     def check_lock(self) -> None:
-        """Ends the process at once if another run has taken the folder."""
-        if self._lock is not None:
-            self._lock.check()
+        """Ends the process at once if another run has taken the folder; if it was removed, makes it
+        again, with what a resume needs besides checkpoints.
+
+        Raises:
+            OSError: the folder is not there.
+        """
+        if self._lock is None:
+            return
+        with self._checking:  # by who writes checkpoints, and by who writes records
+            if self._lock.check():
+                for name, text in self._of_the_start.items():
+                    durable.write_text(self.path / name, text)
+                terminal.log_to(self.path / _LOG)
+                terminal.say(f"{self.path}: was removed, and is made again")
 
     def close(self, code: int, reason: str | None) -> None:
         """Writes ``exit.json``, if there is a reason to tell, and ends what is still going on."""
         self.exit_code = code
+        if self.watchdog is not None:
+            self.watchdog.begin("end")
         try:
             if reason is not None:
                 self._record(code, reason)
@@ -218,18 +235,26 @@ class RunFolder:
                 self.has_abandoned |= bool(action())
             except Exception as error:  # the end of one thing must not be that of the others
                 print(f"at exit: {error}", file=sys.stderr)
+        if self.watchdog is not None:
+            self.watchdog.stop()
+        journal.close_all()
+        journal.Journal.check = None
         terminal.log_to(None)
         if self._lock is not None:
             self._lock.release()
-        if self._is_new and self.path.is_dir() and not any(self.path.iterdir()):
-            self.path.rmdir()
+        with suppress(OSError):
+            if self._claim is not None:
+                self._claim.check()
+            if self._is_new and self.path.is_dir() and not any(self.path.iterdir()):
+                self.path.rmdir()
 
     @classmethod
     def leave(cls, code: int, reason: str) -> None:
         """Ends the process at once, whatever it is doing; what was written whole stays."""
         try:
-            if cls.current is not None:
-                cls.current._record(code, reason)
+            with suppress(OSError):  # the reason is said all the same
+                if cls.current is not None:
+                    cls.current._record(code, reason)
             script = Path(sys.argv[0]).name
             print(f"{script}: {reason}: leaving at once", file=sys.stderr, flush=True)
         finally:
@@ -249,16 +274,23 @@ class RunFolder:
 
         What one process alone has met, such as a broken image or a signal at start-up, is written
         by that one; the others, which miss it in their communication, do not write over it.
+
+        Raises:
+            OSError: it cannot be written, or what stands there is not this run's folder any more.
         """
         file = self.path / _EXIT
         if self._is_open:
+            self._claim.check()
             may_write = not file.exists() and (self.is_main or code in _CODES_OF_ANY_PROCESS)
         else:
-            may_write = code == Preempted.exit_code and self._may_leave_word()
+            may_write = code in (Preempted.exit_code, Hang.exit_code) and self._may_leave_word()
         if may_write:
-            self.path.mkdir(parents=True, exist_ok=True)
+            if not self._is_open:  # nor is a folder made where an opened one has gone
+                self.path.mkdir(parents=True, exist_ok=True)
             entry = {"code": code, "reason": redact(reason), "step": self.step, "time": now()}
             durable.write_text(file, json.dumps(entry) + "\n")
+        if self.on_behalf_of is not None:
+            self.on_behalf_of._record(code, reason)
 
     def _may_leave_word(self) -> bool:
         """Whether a run that is stopped before it begins may say so: the folder is new, or that of
@@ -269,7 +301,7 @@ class RunFolder:
             return True
         is_locked = self._lock is None and may_be_held(self.path / _LOCK)
         is_run = self._is_blank() or (self.path / "config.yaml").exists()
-        return is_run and not is_locked and self._former_exit().get("code") != 0
+        return is_run and not is_locked and read_json(self.path / _EXIT).get("code") != 0
 
     def check_free(self) -> None:
         """Refuses a folder that holds a run or other files, though not those of a sweep.
@@ -283,27 +315,6 @@ class RunFolder:
 
     def _is_blank(self) -> bool:
         """Whether there is nothing but the traces of a run that ended before it began."""
-        return all(file.name in (_EXIT, _LOCK) or file.name.startswith((".tmp_", "lr_find."))
+        traces = (".tmp_", "lr_find.", HANG_FILE)
+        return all(file.name in (_EXIT, _LOCK) or file.name.startswith(traces)
                    for file in self.path.iterdir())
-
-    def _former_exit(self) -> dict[str, Any]:
-        return read_json(self.path / _EXIT)
-
-
-def _differences(config: str, data_fingerprint: str, device: torch.device) -> list[str]:
-    """A line each if the processes have been given different recipes, and different data."""
-    lines = []
-    if not agreement.is_same_everywhere(_shared_options(config), device):
-        lines.append("the processes were given different options; start all with one recipe and "
-                     "the same flags")
-    if not agreement.is_same_everywhere(data_fingerprint, device):
-        lines.append("data.source: the processes see different data; every machine needs the same "
-                     "rows in the same order")
-    return lines
-
-
-def _shared_options(config: str) -> str:
-    """The options that must be the same on all processes."""
-    options = flatten(parse_yaml(config))
-    shared = {k: v for k, v in options.items() if not k.startswith(_LOCAL_OPTIONS)}
-    return json.dumps(shared, sort_keys=True)

@@ -5,6 +5,7 @@ owner renews the file's time every few seconds, and a newcomer looks whether any
 two clocks are compared, and no lock of the file system is needed, which network folders often lack.
 """
 
+import errno
 import json
 import os
 import socket
@@ -16,26 +17,25 @@ from collections.abc import Callable
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import psutil
 
+from trainlib.claim import HeldFolder, Look, gone, look, parse
 from trainlib.config import UserError
 
 _WATCHED_BEATS = 4
 _SETTLE_SECONDS = 0.2  # in which newcomers who judged alike have replaced one another
 # psutil adds the time of boot, which moves when the clock is set: a difference below this is none.
 _CLOCK_STEP_SECONDS = 60.0
-_FIELDS = {
-    "host": str, "pid": int, "pid_started": float, "machine": str, "token": str, "started": str,
-}
 
 
 class RunLock:
     """A run's claim on its folder, kept alive by a thread until it is released or lost."""
 
     def __init__(
-        self, path: Path, steal: bool, on_lost: Callable[[str], object], beat_seconds: float = 5.0
+        self, path: Path, steal: bool, on_lost: Callable[[str], object], beat_seconds: float = 5.0,
+        say: Callable[[str], object] = print,
     ):
         """Takes the lock, from an owner that is dead if there is one.
 
@@ -44,6 +44,7 @@ class RunLock:
             steal: take it whoever holds it.
             on_lost: called once, from the lock's thread, when another run has taken it.
             beat_seconds: between two signs of life; the same for all runs of a folder.
+            say: told in a line, from the lock's thread, when the folder has gone, and come back.
 
         Raises:
             UserError: another run holds it, or the folder cannot be written.
@@ -51,15 +52,17 @@ class RunLock:
         self.note: str | None = None
         """A line to print where another's lock was taken over."""
         self._path, self._on_lost, self._beat_seconds = path, on_lost, beat_seconds
+        self._say, self._is_away = say, False
         self._pid = os.getpid()
-        self._token = uuid.uuid4().hex
+        self.token = uuid.uuid4().hex
+        """By which the run's other processes know its folder."""
         self._machine = _machine()
         self._content = json.dumps({
             "host": socket.gethostname(),
             "pid": self._pid,
             "pid_started": psutil.Process().create_time(),
             "machine": self._machine,
-            "token": self._token,
+            "token": self.token,
             "started": datetime.now().astimezone().isoformat(timespec="seconds"),
         }).encode() + b"\n"
         self._stopped = threading.Event()
@@ -67,23 +70,43 @@ class RunLock:
             while not (self._create() or self._take_over(steal)):
                 time.sleep(_SETTLE_SECONDS / 4)
         except OSError as error:
-            raise UserError(
-                f"run_dir: {path} cannot be written ({error.strerror}); choose another --run_dir"
-            ) from error
+            raise not_writable(path, error) from error
+        self._folder = HeldFolder(path.parent)
         threading.Thread(target=self._beat, name=path.name, daemon=True).start()
 
-    def check(self) -> None:
-        """Calls ``on_lost`` if another run has taken the lock."""
+    def check(self) -> bool:
+        """Calls ``on_lost`` if another run has taken the lock; if the folder was removed, makes it
+        again, and the lock in it.
+
+        Returns:
+            Whether it did, so that the folder lacks all else.
+
+        Raises:
+            OSError: the folder is not there, or not this run's, and may come back: it was moved
+                away, or the disk that it is on.
+        """
         with suppress(OSError):
-            self._end_if_taken(_parse(_look(self._path).content))
+            self._end_if_taken(parse(look(self._path).content))
+            return False
+        if not self._folder.is_away():
+            return False  # the next beats tell whether the lock is gone
+        folder = self._path.parent
+        if not self._folder.is_removed() or (folder.exists() and any(folder.iterdir())):
+            raise gone(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        if not self._create():  # another run was faster, and the next beat will tell
+            raise OSError(errno.EEXIST, f"the folder {folder} is another run's")
+        self._hold_anew()
+        return True
 
     def release(self) -> None:
         """Removes the lock if it is still ours; in a forked child, or again, it does nothing."""
         if os.getpid() != self._pid or self._stopped.is_set():
             return
         self._stopped.set()
+        self._folder.close()
         with suppress(OSError):
-            if _parse(_look(self._path).content).get("token") == self._token:
+            if parse(look(self._path).content).get("token") == self.token:
                 self._path.unlink()
 
     def _create(self) -> bool:
@@ -102,17 +125,17 @@ class RunLock:
     def _take_over(self, steal: bool) -> bool:
         """Replaces a lock; False if it changed under our eyes, so that all starts over."""
         try:
-            seen = _look(self._path)
-            holder = _parse(seen.content)
+            seen = look(self._path)
+            holder = parse(seen.content)
             if steal:
                 why = "as --checkpoint.steal_lock asks"
             else:
                 why = self._why_dead(seen, holder)
-                if _look(self._path) != seen:
+                if look(self._path) != seen:
                     return False
         except FileNotFoundError:
             return False
-        temporary = self._path.with_name(f".tmp_{self._path.name}_{self._token}")
+        temporary = self._path.with_name(f".tmp_{self._path.name}_{self.token}")
         try:
             temporary.write_bytes(self._content)
             os.replace(temporary, self._path)
@@ -120,15 +143,15 @@ class RunLock:
             temporary.unlink(missing_ok=True)
         time.sleep(_SETTLE_SECONDS)
         try:
-            winner = _parse(_look(self._path).content)
+            winner = parse(look(self._path).content)
         except FileNotFoundError:
             return False
-        if winner.get("token") != self._token:
+        if winner.get("token") != self.token:
             raise self._refusal(winner)
         self.note = f"{self._path.name} of {_owner(holder)}, {why}, was taken over"
         return True
 
-    def _why_dead(self, seen: "_Look", holder: dict[str, Any]) -> str:
+    def _why_dead(self, seen: Look, holder: dict[str, Any]) -> str:
         """Words for why the lock may be taken; raises UserError if its owner lives."""
         if holder.get("machine") == self._machine:
             if _is_running(holder["pid"], holder["pid_started"]):
@@ -142,9 +165,9 @@ class RunLock:
         deadline = time.monotonic() + watched_seconds
         while time.monotonic() < deadline:
             time.sleep(self._beat_seconds / 10)
-            now = _look(self._path)
+            now = look(self._path)
             if now != seen:
-                raise self._refusal(_parse(now.content) or holder)
+                raise self._refusal(parse(now.content) or holder)
         return f"which gave no sign of life for {watched_seconds:g} s"
 
     def _refusal(self, holder: dict[str, Any]) -> UserError:
@@ -159,18 +182,41 @@ class RunLock:
         missing_beats = 0
         while not self._stopped.wait(self._beat_seconds):
             try:
-                self._end_if_taken(_parse(_look(self._path).content))
-                os.utime(self._path)
+                self._end_if_taken(parse(look(self._path).content))
+                self._note_return()
                 missing_beats = 0
+                os.utime(self._path)
             except (FileNotFoundError, NotADirectoryError):
                 missing_beats += 1
-                if missing_beats == 2:  # once can be a network folder's stale view
-                    self._lose(f"{self._path.name} is gone: the file or its folder was removed")
+                if missing_beats < 2:  # once can be a network folder's stale view
+                    continue
+                if self._folder.is_away():  # and nobody else can have it
+                    self._note_absence()
+                else:
+                    self._lose(f"{self._path.name} is gone: the file was removed")
             except Exception:
                 missing_beats = 0  # such as a full disk: nothing says that another has taken it
 
+    def _note_absence(self) -> None:
+        if not (self._is_away or self._stopped.is_set()):
+            self._is_away = True
+            why = "removed" if self._folder.is_removed() else "moved, or its disk is not there"
+            why += "; another one stands in its place" if self._path.parent.exists() else ""
+            self._say(f"{self._path.parent} is gone ({why}); training goes on, and writing is "
+                      "tried again with each save")
+
+    def _note_return(self) -> None:
+        if self._folder.is_away():  # with our lock: its disk was away, and has another number now
+            self._hold_anew()
+        if self._is_away:
+            self._is_away = False
+            self._say(f"{self._path.parent} is there again")
+
+    def _hold_anew(self) -> None:
+        self._folder = HeldFolder(self._path.parent)  # a beat may be looking at the former
+
     def _end_if_taken(self, holder: dict[str, Any]) -> None:
-        if holder and holder["token"] != self._token:
+        if holder and holder["token"] != self.token:
             self._lose(f"{self._path.name} was taken by {_owner(holder)}")
 
     def _lose(self, reason: str) -> None:
@@ -179,43 +225,20 @@ class RunLock:
             self._on_lost(reason)
 
 
+def not_writable(path: Path, error: OSError) -> UserError:
+    """The error of a folder, or of its lock, that cannot be written."""
+    return UserError(f"run_dir: {path} cannot be written ({error.strerror}); choose another "
+                     "--run_dir")
+
+
 def may_be_held(path: Path) -> bool:
     """Whether a lock's owner may live; of one on another machine only ``RunLock`` can tell."""
     try:
-        holder = _parse(_look(path).content)
+        holder = parse(look(path).content)
     except OSError:
         return False
     is_here = holder.get("machine") == _machine()
     return not is_here or _is_running(holder["pid"], holder["pid_started"])
-
-
-class _Look(NamedTuple):
-    """All of a lock that changes while its owner lives."""
-
-    modified_nanoseconds: int
-    inode: int
-    content: bytes
-
-
-def _look(path: Path) -> _Look:
-    try:
-        with path.open("rb") as file:  # network folders renew what they know of a file they open
-            content, status = file.read(4096), os.fstat(file.fileno())
-    except PermissionError:
-        content, status = b"", path.stat()
-    return _Look(status.st_mtime_ns, status.st_ino, content)
-
-
-def _parse(content: bytes) -> dict[str, Any]:
-    """The fields of a lock; empty if the content is not one."""
-    try:
-        fields = json.loads(content)
-    except (ValueError, RecursionError):
-        return {}
-    is_lock = isinstance(fields, dict) and all(
-        isinstance(fields.get(name), kind) for name, kind in _FIELDS.items()
-    )
-    return fields if is_lock else {}
 
 
 def _owner(holder: dict[str, Any]) -> str:

@@ -12,32 +12,38 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import accelerate
 import torch
 import torch.distributed
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from trainlib import shards
 from trainlib.config import UserError
 from trainlib.credentials import redact
+from trainlib.runtime.watchdog import CommunicationOptions
+from trainlib.schedule import clock_seconds
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt, malloc.h
 
 
-def make_accelerator(deterministic: bool, cpu_threads: int) -> Accelerator:
+def make_accelerator(
+    deterministic: bool, cpu_threads: int, comm: CommunicationOptions | None = None
+) -> Accelerator:
     """The Accelerator, after the refusals.
 
     Args:
         deterministic: only algorithms that give the same bits each time; on a GPU slower.
         cpu_threads: of this process, whatever the launcher set.
+        comm: how long collectives may take, until ``watch`` sets that.
 
     Raises:
         UserError: a launch that Accelerate would carry out as something else.
     """
+    start_seconds = clock_seconds((comm or CommunicationOptions()).start_timeout)
     accumulation = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if accumulation != "1":
         raise UserError(
@@ -73,7 +79,10 @@ def make_accelerator(deterministic: bool, cpu_threads: int) -> Accelerator:
         accelerator = Accelerator(
             gradient_accumulation_steps=1,
             # Buffers are the same everywhere by construction; broadcasting would cost a message.
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(broadcast_buffers=False),
+                InitProcessGroupKwargs(timeout=timedelta(seconds=start_seconds)),
+            ],
         )
     except ValueError as error:  # such as fp8 without its packages, bf16 without support
         raise UserError(f"Accelerate refuses this launch: {error}") from error
@@ -151,6 +160,11 @@ def describe_machine(accelerator: Accelerator) -> dict:
         "mixed_precision": accelerator.mixed_precision,
         "deterministic": torch.are_deterministic_algorithms_enabled(),
     }
+
+
+def as_text(content: dict[str, Any]) -> str:
+    """A file of JSON, for people too."""
+    return json.dumps(content, indent=1) + "\n"
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -86,6 +86,9 @@ class Signals:
 
     def end(self) -> None:
         """The script is at its end, for whatever reason: a signal no longer interrupts it."""
+        # torch's handler raises for a data worker that has died, for a second one here, too.
+        if hasattr(signal, "SIGCHLD"):
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         self._holds = True
 
     def restore(self) -> None:

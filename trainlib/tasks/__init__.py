@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from trainlib import losses
 from trainlib.config import UserError
@@ -21,12 +22,13 @@ from trainlib.tasks.task import Task
 from trainlib.user_code import describe_error
 
 if TYPE_CHECKING:
+    from trainlib.augment import Mix
     from trainlib.data import TargetInfo
     from trainlib.guard import StepRecord
 
 __all__ = [
     "Task", "TaskOptions", "build_tasks", "default_monitor", "headline", "labels", "logged_losses",
-    "logged_metrics", "metric_names", "num_outputs", "resolve",
+    "logged_metrics", "losses_of_trial", "metric_names", "num_outputs", "resolve",
 ]
 
 def build_tasks(
@@ -92,6 +94,13 @@ def labels(tasks: list[Task]) -> dict[str, list[str] | dict]:
             "columns": task.label_names, "mean": list(task.mean), "deviation": list(task.deviation)}
         for task in tasks
     }
+
+
+def losses_of_trial(
+    tasks: list[Task], output: Any, inputs: Tensor, targets: dict[str, Tensor], mix: Mix | None
+) -> list[Tensor]:
+    """Unreduced losses, by task, of a micro-batch that is only tried."""
+    return [task.losses(output, targets, mix) for task in tasks]
 
 
 def logged_losses(

@@ -147,5 +147,5 @@ def resolve(
             if column not in columns:
                 raise UserError(f"tasks.{name}.target: no column {column!r}"
                                 f"{nearest(column, columns)}")
-        resolved[name] = task.model_copy(update={"target": target})
+        resolved[name] = task.replaced({"target": target})
     return resolved

@@ -4,7 +4,7 @@ import shlex
 from pathlib import Path
 
 _RESULTS = ("best", "final", "distillation.json")
-_RECORDS = ("metrics.jsonl", "bad_steps.jsonl", "log.txt")
+_RECORDS = ("metrics.jsonl", "bad_steps.jsonl", "profile.txt", "log.txt")
 _SUFFIXES = (".html", ".png", ".csv")
 _FINISHED, _MISTAKE, _DIVERGED, _NOT_WRITTEN, _OUT_OF_MEMORY = 0, 2, 3, 4, 6
 

@@ -108,7 +108,8 @@ class Lines:
             if self._log is not None:
                 with suppress(OSError):
                     os.fsync(self._log)
-                os.close(self._log)
+                with suppress(OSError):  # where a network folder tells of a full disk
+                    os.close(self._log)
             self._log_file, self._log = file, None
             if file is not None and not self.rank:
                 now = datetime.now().astimezone().isoformat(" ", "seconds")
@@ -132,8 +133,11 @@ class Lines:
                 self._log = os.open(self._log_file, os.O_WRONLY | os.O_APPEND | is_made, 0o666)
             # One write, at once: it outlives the process, and does not mix with the others'.
             text = "".join(f"{line}\n" for line in self._pending)
-            os.write(self._log, text.encode(errors="backslashreplace"))
+            data = text.encode(errors="backslashreplace")
+            rest = data[os.write(self._log, data):]
             self._pending.clear()
+            # Of a disk that has filled up meanwhile.
+            self._pending.extend(rest.decode(errors="replace").splitlines())
 
     def _forget_in_child(self) -> None:
         """A forked worker has no bar, and no thread of its parent's that could free the lock."""

@@ -1,0 +1,375 @@
+"""The model card: what it says is so, and its program runs where nothing else is installed."""
+
+import copy
+import json
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from huggingface_hub import ModelCard as HubCard
+from launching import export, train
+from safetensors.torch import load_file
+
+import distill
+import train as script
+from trainlib.card import ModelCard, add_exports
+from trainlib.card.facts import hub_id, public
+from trainlib.card.sections import PENDING
+from trainlib.checkpoint import Checkpoints
+from trainlib.data.text import load_tokenizer
+from trainlib.models import bundle, load_model
+from trainlib.plots.records import read_json
+
+QUIET = ["--log.trackers", "[]", "--log.report", "false", "--loop.duration", "4 steps"]
+OWN_NET = """
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, inputs, classes):
+        super().__init__()
+        self.layer = nn.Linear(inputs, sum(classes.values()))
+        self.sizes = classes
+
+    def forward(self, images):
+        parts = self.layer(images.flatten(1)).split(list(self.sizes.values()), dim=1)
+        return dict(zip(self.sizes, parts))
+"""
+TASKS = "{digit: {}, ink: {kind: regression}, quadrants: {kind: multilabel}}"
+JOBS = {
+    "mlp": ["--tasks", TASKS],
+    "resnet": ["--model.name", "resnet", "--model.args.width", "4", "--model.channels_last"],
+    "unet": ["--data.source", "builtin:digits_ink", "--tasks.mask",
+             "{kind: segmentation, ignore_index: 255}", "--model.name", "unet",
+             "--model.args.width", "4"],
+    "one_logit": ["--data.source", "builtin:digits_ink", "--tasks.mask",
+                  "{kind: segmentation, loss: bce, ignore_index: 255}", "--model.name", "unet",
+                  "--model.args.width", "4"],
+    "gpt": ["--data.source", "{folder}/notes.txt", "--data.tokenizer", "bytes", "--tasks.text.kind",
+            "language_modeling", "--data.block_size", "16", "--model.name", "gpt",
+            "--model.args", "{{width: 16, depth: 1, heads: 2}}"],
+    "regression": ["--data.source", "builtin:diabetes", "--tasks.progression.kind", "regression",
+                   "--optim.ema_half_life", "2 steps"],
+    "own": ["--tasks", TASKS, "--model.name", "{folder}/net.py:Net"],
+    "unscaled": ["--data.normalize", "false", "--tasks.quadrants",
+                 "{kind: multilabel, thresholds: [0.3, 0.4, 0.5, 0.6]}"],
+}
+LIBRARIES = {
+    "bert": ["--data.source", "{folder}/said.csv", "--data.input", "text", "--data.tokenizer",
+             "{folder}/words.json", "--tasks.mood.target", "mood", "--model.name",
+             "transformers:AutoModelForSequenceClassification", "--model.args.config",
+             "{{model_type: bert, hidden_size: 8, num_hidden_layers: 1, num_attention_heads: 2, "
+             "intermediate_size: 16, max_position_embeddings: 8}}"],
+    "gpt2": ["--data.source", "{folder}/notes.txt", "--data.tokenizer", "{folder}/words.json",
+             "--tasks.text.kind", "language_modeling", "--data.block_size", "8", "--model.name",
+             "transformers:AutoModelForCausalLM", "--model.args.config",
+             "{{model_type: gpt2, n_embd: 8, n_layer: 1, n_head: 2, n_positions: 16}}"],
+    "timm": ["--model.name", "timm:resnet10t"],
+    "torchvision": ["--model.name", "torchvision:shufflenet_v2_x0_5", "--data.channels", "3"],
+}
+# Runs the programs of the folders it is given and keeps their inputs and outputs. Nothing that was
+# installed can be imported but torch, what torch itself needs, and safetensors.
+ALONE = """
+import importlib.abc, importlib.metadata, os, re, runpy, sys
+allowed, waiting = set(), ["torch", "safetensors"]
+while waiting:
+    name = re.sub(r"[-_.]+", "-", waiting.pop()).lower()
+    if name not in allowed:
+        allowed.add(name)
+        try:
+            needs = importlib.metadata.requires(name) or []
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        waiting += [re.match(r"[\\w.-]+", need)[0] for need in needs if "extra ==" not in need]
+refused = {module for module, owners in importlib.metadata.packages_distributions().items()
+           if not allowed & {re.sub(r"[-_.]+", "-", owner).lower() for owner in owners}}
+assert {"numpy", "accelerate", "huggingface_hub", "yaml"} <= refused
+class Refuse(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in refused | {"trainlib", "train"}:
+            raise ModuleNotFoundError(f"refused: {name}", name=name)
+sys.meta_path.insert(0, Refuse())
+import warnings
+warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
+import torch
+for folder in sys.argv[1:]:
+    os.chdir(folder)
+    sys.path[0] = folder
+    for name in ("net", "own_net"):
+        sys.modules.pop(name, None)
+    torch.manual_seed(0)
+    found = runpy.run_path("program.py")
+    outputs = found["output"]
+    outputs = outputs if isinstance(outputs, dict) else {"": outputs}
+    torch.save({"inputs": found["inputs"]} | {f"output {k}": v for k, v in outputs.items()},
+               "said.pt")  # safetensors writes by numpy only
+"""
+
+
+def program(card: str) -> str:
+    [found] = re.findall(r"^```python\n(.*?)^```$", card, re.MULTILINE | re.DOTALL)
+    return found
+
+
+def finish(folder: Path, flags: list[str], main=script.main) -> torch.nn.Module:
+    """Trains in this process; returns a copy of the module that was exported as final."""
+    kept, original = {}, Checkpoints.export
+
+    def keep(checkpoints, name, module, *rest):
+        kept[name] = copy.deepcopy(module).eval()
+        return original(checkpoints, name, module, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Checkpoints, "export", keep)
+        main(["--run_dir", str(folder), *QUIET, *flags])
+    return kept["final"]
+
+
+def take(folder: Path, target: Path) -> Path:
+    """The files of an export in an empty folder, and its card's program beside them."""
+    shutil.copytree(folder / "final", target)
+    (target / "program.py").write_text(program((target / "README.md").read_text()))
+    return target
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("card")
+    (folder / "notes.txt").write_text("the quick brown fox jumps over the lazy dog. " * 40)
+    (folder / "said.csv").write_text("text,mood\n" + "the dog,good\na fox jumps high,bad\n" * 20)
+    (folder / "net.py").write_text(OWN_NET)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
+        patch.setenv("XDG_CACHE_HOME", str(folder / "tokens"))
+        datasets.disable_progress_bars()
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def said(folder):
+    """By job, the module that was trained, and what the program of its card has said."""
+    modules, alone = {}, folder / "alone.py"
+    for job, flags in JOBS.items():
+        flags = [flag.format(folder=folder) if "{folder}" in flag or "{{" in flag else flag
+                 for flag in flags]
+        modules[job] = finish(folder / job, flags)
+        take(folder / job, folder / "taken" / job)
+    alone.write_text(ALONE)
+    folders = [str(folder / "taken" / job) for job in JOBS]
+    result = subprocess.run([sys.executable, str(alone), *folders], capture_output=True, text=True,
+                            timeout=120, cwd=folder)
+    assert result.returncode == 0, result.stderr
+    return {job: (modules[job], torch.load(folder / "taken" / job / "said.pt", weights_only=True))
+            for job in JOBS}
+
+
+@pytest.mark.parametrize("job", JOBS)
+@torch.no_grad()
+def test_the_program_alone_gives_the_bits_of_the_trained_module(said, job):
+    module, found = said[job]
+    inputs = found.pop("inputs")
+    outputs = module(inputs)
+    outputs = outputs if isinstance(outputs, dict) else {"": outputs}
+    assert {f"output {name}" for name in outputs} == found.keys()
+    for name, output in outputs.items():
+        assert output.equal(found[f"output {name}"]) and output.isfinite().all()
+
+
+@pytest.mark.parametrize("job", LIBRARIES)
+def test_the_program_uses_the_package_that_the_net_comes_from(folder, tmp_path, job, capsys):
+    flags = [flag.format(folder=folder) for flag in LIBRARIES[job]]
+    pytest.importorskip(job if job in ("timm", "torchvision") else "transformers")
+    if "--data.tokenizer" in flags:
+        tokenizers = pytest.importorskip("tokenizers")
+        words = "the quick brown fox jumps over lazy dog a high . [UNK] [PAD]".split()
+        made = tokenizers.Tokenizer(tokenizers.models.WordLevel(
+            {word: number for number, word in enumerate(words)}, unk_token="[UNK]"))
+        made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+        made.save(str(folder / "words.json"))
+    module = finish(tmp_path / "run", flags)
+    taken = take(tmp_path / "run", tmp_path / "taken")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(taken)
+        patch.syspath_prepend(str(taken))
+        patch.delitem(sys.modules, "net", raising=False)
+        found = runpy.run_path("program.py")
+        sys.modules.pop("net")
+    with torch.no_grad():
+        output, expected = found["output"], module(found["inputs"])
+    logits = [each if torch.is_tensor(each) else each.logits for each in (output, expected)]
+    assert logits[0].equal(logits[1])
+    if "--data.tokenizer" in flags:
+        copied = tokenizers.Tokenizer.from_file(str(taken / "tokenizer.json"))
+        trained_with = load_tokenizer(str(folder / "words.json"), True)
+        [numbers] = trained_with.encode(["the dog jumps over what"])
+        assert copied.encode("the dog jumps over what").ids == numbers.tolist()
+
+
+def test_the_front_matter_is_that_of_the_hub(said, folder):
+    for job in JOBS:
+        for which in ("best", "final"):
+            card = HubCard.load(folder / job / which / "README.md")
+            assert card.data.library_name == "pytorch" and card.data.license is None
+            results = {each.metric_name: each.metric_value for each in card.data.eval_results}
+            logged = [json.loads(line) for line in
+                      (folder / job / "metrics.jsonl").read_text().splitlines()]
+            last = [each for each in logged if "eval/loss" in each][-1]
+            if which == "final":
+                assert results == {key.removeprefix("eval/"): value for key, value in last.items()
+                                   if key.startswith("eval/")}
+            assert {each.dataset_split for each in card.data.eval_results} == {"validation"}
+            assert card.data.model_name == job
+    types = {each.task_type for each in HubCard.load(
+        folder / "mlp" / "final" / "README.md").data.eval_results}
+    assert types == {"image-classification", "other"}
+
+
+def test_a_card_says_what_the_run_was(said, folder):
+    text = (folder / "mlp" / "final" / "README.md").read_text()
+    module, _ = said["mlp"]
+    count = sum(parameter.numel() for parameter in module.parameters())
+    assert f"`mlp`, {count:,} parameters" in text
+    assert "1,437 to train on, 360 to validate on" in text and "Seed: 0" in text
+    config = (folder / "mlp" / "config.yaml").read_text()
+    assert "peak 0.001, as `config.yaml` has it; cosine" in text and "lr: 0.001" in config
+    names = [f"`{number}`" for number in range(10)]
+    assert f"10 classes: {', '.join(names)}" in text
+    assert "averaged over the steps" in (folder / "regression" / "final" / "README.md").read_text()
+    assert "16 tokens" in (folder / "gpt" / "final" / "README.md").read_text()
+
+
+def test_an_export_with_a_card_is_loaded_as_before_and_is_small(said, folder):
+    for job in JOBS:
+        loaded = load_model(folder / job / "final").state_dict()
+        assert all(value.equal(said[job][0].state_dict()[key]) for key, value in loaded.items())
+        files = [file for file in (folder / job / "final").iterdir()
+                 if file.suffix in (".py", ".md")]
+        assert sum(file.stat().st_size for file in files) < 40_000
+
+
+def test_the_net_of_the_users_own_is_copied_as_it_is(said, folder):
+    assert (folder / "own" / "final" / "own_net.py").read_text() == OWN_NET
+    card = (folder / "own" / "final" / "README.md").read_text()
+    assert "own_net.py is the file net.py of the run" in card and str(folder) not in card
+
+
+def test_cards_differ_only_in_what_is_true(tmp_path):
+    flags = ["--loop.duration", "6 steps", "--checkpoint.every", "3 steps"]
+    train(tmp_path / "a" / "run", *flags)
+    train(tmp_path / "b" / "run", *flags)
+    train(tmp_path / "two" / "run", *flags, processes=2)
+    texts = {name: (tmp_path / name / "run" / "final" / "README.md").read_text()
+             for name in ("a", "b", "two")}
+    assert texts["a"] == texts["b"]
+    different = [pair for pair in zip(texts["a"].splitlines(), texts["two"].splitlines(),
+                                      strict=True) if pair[0] != pair[1]]
+    assert different == [("- Machine: 1 process on cpu", "- Machine: 2 processes on cpu")]
+    train(tmp_path / "two" / "run", *flags, "--loop.duration", "9 steps")
+    longer = (tmp_path / "two" / "run" / "final" / "README.md").read_text()
+    assert "- Continued at step 6 on 1 process\n" in longer and "after step 9 of 9" in longer
+    assert "Trained in one go" in texts["two"] and "Continued" not in texts["two"]
+
+
+def test_the_lineage_names_teachers_weights_and_the_rate_finder(tmp_path):
+    small = ["--model.args.hidden", "[9]"]
+    teacher = train(tmp_path / "teacher", "--loop.duration", "3 steps", *small)
+    finish(tmp_path / "student", ["--distill.teachers", f"[{teacher}]", "--model.init_from",
+                                  str(teacher), *small], distill.main)
+    text = (tmp_path / "student" / "best" / "README.md").read_text()
+    accuracy = read_json(teacher / "best" / "evaluation.json")["digit"]["accuracy"]
+    assert f"- Teacher: `{teacher}`, a `mlp`; its own evaluation: loss " in text
+    assert f"accuracy {accuracy:.6g}" in text
+    assert f"- Started from the weights in `{teacher}`" in text
+    compared = read_json(tmp_path / "student" / "distillation.json")
+    both = [compared[who]["eval/accuracy"] for who in ("student", "teachers")]
+    assert "`eval/accuracy`: this model {:.6g}, the teachers {:.6g}".format(*both) in text
+    assert PENDING not in text and PENDING in (
+        tmp_path / "student" / "final" / "README.md").read_text()
+    assert "knowledge-distillation" in HubCard(text).data.tags
+
+
+def test_the_lineage_says_how_the_rate_was_found(tmp_path):
+    finish(tmp_path / "run", ["--optim.lr", "auto", "--loop.duration", "2 steps"])
+    text = (tmp_path / "run" / "final" / "README.md").read_text()
+    found = read_json(tmp_path / "run" / "lr_find.json")
+    assert f"peak {found['suggestion']:.4g}, found by a sweep before the first step" in text
+    assert f"- Learning rate finder (`lr_find.json`): {found['verdict']}" in text
+
+
+def test_no_home_and_no_secret_stands_in_a_card(monkeypatch, tmp_path):
+    monkeypatch.setenv("SOME_API_KEY", "abcdefgh12345678")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert public("runs at /home/jane/runs and /Users/jane.doe/x") == "runs at ~/runs and ~/x"
+    assert public("C:\\Users\\jane\\x, /root/a, /srv/root/a") == "~\\x, ~/a, /srv/root/a"
+    assert public(f"{tmp_path}/a and {tmp_path}b") == f"~/a and {tmp_path}b"
+    assert public("key abcdefgh12345678 https://me:pw@host/x") == "key *** https://***@host/x"
+    # In the front matter, where *** alone would be an alias of YAML.
+    original = ModelCard.texts
+
+    def texts(card, *given):  # as an option, earlier, it would be refused
+        monkeypatch.setenv("OTHER_TOKEN", "secretly-named-run")
+        return original(card, *given)
+
+    monkeypatch.setattr(ModelCard, "texts", texts)
+    finish(tmp_path / "secretly-named-run", [])
+    text = (tmp_path / "secretly-named-run" / "final" / "README.md").read_text()
+    assert HubCard(text).data.model_name == "***" and "secretly-named-run" not in text
+
+
+def test_a_source_is_the_hubs_only_if_it_can_be(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    assert hub_id("uoft-cs/cifar10") == "uoft-cs/cifar10" and hub_id("imdb") == "imdb"
+    for name in ("here", "builtin:digits", "a.csv", "shards/*.parquet", "/x", "f.py:make", "a/b/c"):
+        assert hub_id(name) is None
+
+
+def test_a_card_that_cannot_be_made_costs_no_weights(tmp_path, monkeypatch):
+    said = []
+
+    def opened(checkpoints, say, check_lock, describe=None, original=Checkpoints.open):
+        original(checkpoints, said.append, check_lock, lambda *given: lambda: {}["missing"])
+
+    monkeypatch.setattr(Checkpoints, "open", opened)
+    export(tmp_path / "best", torch.nn.Linear(2, 2), "seed: 1\n", {}, {})
+    assert load_file(tmp_path / "best" / "model.safetensors").keys() == {"weight", "bias"}
+    assert not (tmp_path / "best" / "README.md").exists()
+    [line] = said
+    assert line.startswith("best/README.md: not written (KeyError: 'missing' ")
+
+
+def test_programs_of_other_formats_stand_in_the_card_once(said, folder):
+    card = (folder / "gpt" / "final" / "README.md").read_text()
+    once = add_exports(card, {"model.pt2": "import torch\nprint(1)", "model.onnx": "print(2)\n"})
+    assert once.count("```python") == card.count("```python") + 2
+    assert "### model.pt2\n\n```python\nimport torch\nprint(1)\n```" in once
+    assert add_exports(add_exports(once, {"other": "print(3)"}), {}) == add_exports(card, {})
+    HubCard(once)
+    with pytest.raises(ValueError, match="no line"):
+        add_exports("# Another card\n", {})
+
+
+def test_a_bundle_holds_what_is_used_after_what_it_uses(tmp_path, monkeypatch):
+    monkeypatch.setattr(bundle, "_ROOT", tmp_path)
+    (tmp_path / "low.py").write_text(
+        "import math\nimport os\n\n# Why it is two.\nTWO = 2\n\ndef unused():\n    os.abort()\n\n"
+        "class Base:\n    size = math.floor(TWO)\n")
+    (tmp_path / "high.py").write_text(
+        "from trainlib.low import TWO, Base\n\ndef first():\n    return Child.size\n\n"
+        "class Child(Base):\n    other = TWO\n")
+    text = bundle.bundle([("high", "first")])
+    found = {}
+    exec(compile(text, "bundle", "exec"), found)
+    assert found["first"]() == 2 and found["Child"].other == 2
+    assert "# Why it is two." in text and "unused" not in text and "import os" not in text
+    (tmp_path / "twice.py").write_text("from trainlib.low import Base\nTWO = 3\nx = (TWO, Base)\n")
+    with pytest.raises(ValueError, match="TWO stands in twice and in low"):
+        bundle.bundle([("twice", "x")])
+    (tmp_path / "whole.py").write_text("from trainlib import low\nx = low.TWO\n")
+    with pytest.raises(ValueError, match="whole uses low as a module"):
+        bundle.bundle([("whole", "x")])

@@ -1,0 +1,255 @@
+"""What the first micro-batches show before anything is learnt: whether data and net go together,
+outputs, the initial loss, the inputs as the first layer has them, and units that are dead."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.modules.conv import _ConvNd
+from torch.overrides import TorchFunctionMode
+
+from trainlib.config import UserError
+from trainlib.diagnosis import baseline
+from trainlib.diagnosis.findings import Report, number, some
+from trainlib.diagnosis.job import Batch, Job
+from trainlib.diagnosis.outputs import (
+    ends_in_sigmoid,
+    judge_loss,
+    judge_output,
+    judge_squashed,
+    squashed_items,
+)
+from trainlib.memory import is_out_of_memory
+from trainlib.user_code import describe_error
+
+if TYPE_CHECKING:
+    from trainlib.tasks import Task
+
+_DEAD_SHARE = 0.8  # nets that learn well may begin with a half
+_LARGE, _SMALL = 10.0, 1e-2  # root mean squares of inputs; normalised ones have 1
+_DOMINANT_SHARE = 0.95
+_JUDGED = (nn.Linear, _ConvNd, nn.RNNBase)
+_RELU = {
+    functional.relu, functional.relu_, functional.relu6, functional.threshold, torch.relu,
+    torch.relu_, Tensor.relu, Tensor.relu_,
+}
+_SHOWN_OUTPUTS = 2**16  # of a sample: pixels or tokens, times classes
+
+
+def check_fit(job: Job, batch: Batch, report: Report) -> bool:
+    """Whether the net takes the inputs, and its outputs fit the tasks."""
+    inputs, targets = batch.inputs[:2], {k: v[:2] for k, v in batch.targets.items()}
+    try:
+        was_training = [(module, module.training) for module in job.module.modules()]
+        job.module.eval()
+        with torch.no_grad():
+            output = job.module(inputs, **job.arguments(targets))
+    except Exception as error:  # whatever a net of the user's own raises
+        _raise_if_memory(error)
+        report.error("model fails", f"the net cannot take inputs of shape {tuple(inputs.shape)}: "
+                     f"{describe_error(error)}", "mend the net, or choose another --data.input")
+        return False
+    finally:
+        for module, mode in was_training:
+            module.training = mode
+    for task in job.tasks:
+        try:
+            task.check_output(output, targets, [each.name for each in job.tasks])
+        except UserError as error:
+            said, _, _ = str(error).rpartition("; ")
+            report.error(
+                "wrong output size", said,
+                f"have the net give {task.num_outputs} numbers for {task.name!r}: leave the number "
+                "of outputs out of --model.args, where the data fill it in, or mend the last layer")
+            return False
+    try:
+        with job.untouched():
+            job.seed(0)
+            job.loss(batch.inputs, batch.targets, [batch.samples]).backward()
+    except Exception as error:  # whatever a net or a loss of the user's own raises
+        _raise_if_memory(error)
+        report.error("model fails", "a step of training raises: " + describe_error(error),
+                     "mend the net or the loss")
+        return False
+    return True
+
+
+def _raise_if_memory(error: Exception) -> None:
+    if is_out_of_memory(error):
+        raise error
+
+
+def check_first_batches(job: Job, batches: list[Batch], expected: Mapping, report: Report) -> None:
+    """Outputs, initial loss, inputs and dead units, in training mode without dropout.
+
+    Args:
+        expected: by task, the loss of outputs of 0 and of the best constant, and in words what
+            the first of them is.
+    """
+    outputs: dict[str, list[Tensor]] = {task.name: [] for task in job.tasks}
+    losses = {task.name: 0.0 for task in job.tasks}
+    squashed: dict[str, list[Tensor]] = {task.name: [] for task in job.tasks}
+    columns, alive = Columns(), Alive()
+    with job.untouched(), torch.no_grad(), columns.seen_by(job.module), alive.seen_in(job.module):
+        job.seed(0)
+        for batch in batches:
+            output = job.module(batch.inputs, **job.arguments(batch.targets))
+            logits = job.logits(batch) if any(job.arguments(batch.targets)) else output
+            for task in job.tasks:
+                shown = task.pick(logits).float().flatten(1)[:, :_SHOWN_OUTPUTS]
+                outputs[task.name].append(shown)
+                squashed[task.name].append(squashed_items(task, task.pick(logits).float()))
+                target = batch.targets[task.name]
+                losses[task.name] += baseline.mean_loss(
+                    task, task.losses(output, batch.targets), target) / len(batches)
+    for task in job.tasks:
+        judge_output(task.name, torch.cat(outputs[task.name]), report)
+        judge_squashed(task, torch.cat(squashed[task.name]), _has_sigmoid(job, task, batches[0]),
+                       report)
+        judge_loss(job, task, losses[task.name], *expected[task.name], report)
+    _judge_inputs(job, columns, report)
+    _judge_alive(alive, report)
+
+
+def _has_sigmoid(job: Job, task: Task, batch: Batch) -> bool:
+    if task.loss_name != "bce":
+        return False
+    with job.untouched():
+        return ends_in_sigmoid(task.pick(job.module(batch.inputs[:2])))
+
+
+class Columns:
+    """Root mean squares of what the first layer with weights is given, by channel or column."""
+
+    def __init__(self):
+        self.layer, self.unit, self.count, self._is_new_pass = "", "", 0, True
+        self.sums = self.squares = torch.zeros(())
+
+    @contextmanager
+    def seen_by(self, module: nn.Module) -> Iterator[None]:
+        def begin(*_: Any) -> None:
+            self._is_new_pass = True
+
+        def look(name: str) -> Callable:
+            return lambda layer, args: self._look(name, layer, args)
+
+        handles = [module.register_forward_pre_hook(begin, prepend=True)]
+        handles += [part.register_forward_pre_hook(look(name))
+                    for name, part in module.named_modules()
+                    if list(part.parameters(recurse=False)) and not list(part.children())]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _look(self, name: str, layer: nn.Module, args: tuple) -> None:
+        is_first, self._is_new_pass = self._is_new_pass, False
+        # What a norm or an embedding is given need not be normalised.
+        if not is_first or not isinstance(layer, _JUDGED) or not args:
+            return
+        values = args[0].detach().float()
+        is_conv = isinstance(layer, _ConvNd)
+        values = values.movedim(1 if is_conv else -1, 0).flatten(1)
+        self.layer, self.count = name, self.count + values.shape[1]
+        self.unit = "channel" if is_conv else "column"
+        self.sums = self.sums + values.sum(1).cpu().double()
+        self.squares = self.squares + values.square().sum(1).cpu().double()
+
+
+def _judge_inputs(job: Job, columns: Columns, report: Report) -> None:
+    if not columns.count:
+        report.fact("inputs", "not judged: the first layer, if one can be seen, is a norm, an "
+                    "embedding or the like")
+        return
+    mean, squares = columns.sums / columns.count, columns.squares / columns.count
+    deviation = (squares - mean.square()).clamp(min=0).sqrt()
+    rms, each = float(squares.mean().sqrt()), squares.sqrt()
+    report.fact("inputs", f"as {columns.layer or 'the net'} has them: mean "
+                f"{number(float(mean.mean()))}, deviation {number(float(deviation.mean()))}, root "
+                f"mean square {number(rms)}")
+    names = job.dataset.inputs or []
+    worst = int(each.argmax())
+    column = names[worst] if len(names) == len(each) else f"{columns.unit} {worst}"
+    mend = ("--data.normalize true" if not job.options.data.normalize else
+            "have the net itself leave the scale of its inputs as it is: they come to it with "
+            "mean 0 and deviation 1")
+    share = float(squares[worst] / squares.sum()) if rms else 0.0
+    if not math.isfinite(rms) or rms > _LARGE or 0 < rms < _SMALL:
+        report.error(
+            "inputs not normalised", f"the first layer ({columns.layer or 'the net'}) is given "
+            f"inputs of root mean square {number(rms)}, where 1 is usual; most in {column}: mean "
+            f"{number(float(mean[worst]))}, deviation {number(float(deviation[worst]))}", mend)
+    if len(each) > 2 and share > _DOMINANT_SHARE and float(each[worst]) > 3:
+        report.warning(
+            "one column dominates", f"{column} has {share:.0%} of the inputs' squares (root mean "
+            f"square {number(float(each[worst]))}; the median of all is "
+            f"{number(float(each.median()))})", f"{mend}, or leave the column out of --data.input")
+
+
+class Alive(TorchFunctionMode):
+    """Units behind a ReLU that are not 0 for every sample, be it a module or a function."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen: dict[str, Tensor] = {}
+        self._inside: list[str] = []  # names of the modules that are at work
+        self._calls: dict[str, int] = {}
+
+    @contextmanager
+    def seen_in(self, module: nn.Module) -> Iterator[None]:
+        def begin(name: str) -> Callable:
+            return lambda *_: self._inside.append(name)
+
+        def end(*_: Any) -> None:
+            self._inside.pop()
+            if not self._inside:
+                self._calls = {}
+
+        handles = []
+        for name, part in module.named_modules():
+            handles += [part.register_forward_pre_hook(begin(name), prepend=True),
+                        part.register_forward_hook(end, always_call=True)]
+        try:
+            with self:
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def __torch_function__(
+        self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        output = function(*args, **(kwargs or {}))
+        if function in _RELU and self._inside:
+            self._look(self._inside[-1] or "the net", output)
+        return output
+
+    def _look(self, name: str, output: Tensor) -> None:
+        call = self._calls[name] = self._calls.get(name, 0) + 1
+        # Units are channels of images, and the last dimension of everything else.
+        units = output.movedim(1 if output.ndim > 3 else -1, 0).flatten(1)
+        alive, key = (units != 0).any(1), name if call == 1 else f"{name} (ReLU {call})"
+        self.seen[key] = alive | self.seen[key] if key in self.seen else alive
+
+
+def _judge_alive(alive: Alive, report: Report) -> None:
+    if not alive.seen:
+        report.fact("dead units", "none to look for: the net has no ReLU")
+        return
+    dead = {name: float((~units).float().mean()) for name, units in alive.seen.items()}
+    report.fact("dead units", ", ".join(f"{name} {share:.0%}" for name, share in
+                                        sorted(dead.items(), key=lambda pair: -pair[1])[:4])
+                + f" ({len(alive.seen)} layers of ReLU)")
+    bad = [f"{share:.0%} of {name}" for name, share in dead.items() if share > _DEAD_SHARE]
+    if bad:
+        report.error("dead units", f"0 for every one of the first samples, so that nothing passes "
+                     f"back: {some(bad)}",
+                     "initialise the biases before these layers with 0 and the weights smaller, "
+                     "normalise the inputs, or use a leaky activation (nn.LeakyReLU, nn.GELU)")

@@ -1,0 +1,164 @@
+"""What the samples say without a model: balance, and which of them are the same."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trainlib import plan
+from trainlib.diagnosis.findings import Deadline, Report, some
+from trainlib.diagnosis.job import Job
+from trainlib.losses import IGNORED
+
+if TYPE_CHECKING:
+    from trainlib.data import Split
+    from trainlib.tasks import Task
+
+_CHUNK_BYTES = 2**24
+_KEPT_TARGETS, _KEPT_BYTES = 4096, 2**26
+_MOST_ENTRIES = 2 * 10**7  # of targets that are counted, besides those that were read
+_SHARED_SHARE = 0.01  # of the samples: what is above it is no accident
+_RATIO, _MAJORITY = 50, 0.95  # of the most frequent class to the rarest; of the most frequent
+_HANDLED = ("class_weights", "pos_weight", "alpha")
+
+
+@dataclass
+class Sample:
+    """Samples of a split as they are read, in a keyed order."""
+
+    rows: list[int] = field(default_factory=list)
+    digests: list[bytes] = field(default_factory=list)
+    """Of the exact inputs."""
+    answers: list[bytes] = field(default_factory=list)
+    """Of the targets."""
+    targets: dict[str, Tensor] = field(default_factory=dict)
+    """As tasks are given them, of the first."""
+    is_whole: bool = False
+
+
+def read_sample(split: Split, deadline: Deadline) -> Sample:
+    """As many samples as there is time for, at least one chunk."""
+    total = len(split)
+    order = plan.samples_of(np.arange(total), total, seed=0)
+    inputs, targets = split.read(order[:1])
+    size = sum(t.nbytes for t in (inputs, *targets.values()))
+    chunk = max(1, min(1024, _CHUNK_BYTES // max(1, size)))
+    most = max(chunk, min(_KEPT_TARGETS, _KEPT_BYTES // max(1, size)))
+    sample, kept = Sample(), []
+    for start in range(0, total, chunk):
+        if start and deadline.is_over:
+            break
+        chosen = order[start : start + chunk]
+        inputs, targets = split.read(chosen)
+        sample.rows += split.rows[torch.from_numpy(chosen)].tolist()
+        sample.digests += _digests([inputs])
+        sample.answers += _digests([targets[name] for name in sorted(targets)])
+        if start < most:
+            kept.append(split.task_targets(targets))
+    sample.targets = {name: torch.cat([one[name] for one in kept]) for name in kept[0]}
+    sample.is_whole = len(sample.rows) == total
+    return sample
+
+
+def _digests(tensors: list[Tensor]) -> list[bytes]:
+    parts = [t.cpu().contiguous().flatten(1).numpy() if t.ndim > 1 else t.cpu()[:, None].numpy()
+             for t in tensors]
+    return [hashlib.blake2b(b"".join(part[i].tobytes() for part in parts), digest_size=16).digest()
+            for i in range(len(parts[0]))]
+
+
+def check_samples(job: Job, train: Sample, validation: Sample, report: Report) -> None:
+    """Samples in both splits, samples with several answers, labels that are rare."""
+    first: dict[bytes, int] = {}
+    for index, digest in enumerate(train.digests):
+        first.setdefault(digest, index)
+    shared = [(row, train.rows[first[digest]])
+              for row, digest in zip(validation.rows, validation.digests, strict=True)
+              if digest in first]
+    looked_at = f"{len(train.rows):,} training and {len(validation.rows):,} validation samples"
+    report.fact("the same in both splits", f"{len(shared)} validation samples; {looked_at} were "
+                "looked at")
+    if not (train.is_whole and validation.is_whole):
+        report.cut(f"samples in both splits, labels: {looked_at} were read")
+    # Of a part of the training split a part of the repetitions is seen.
+    seen = len(train.rows) / len(job.dataset.train)
+    if len(shared) > _SHARED_SHARE * seen * len(validation.rows):
+        pairs = some([f"{mine} (training row {other})" for mine, other in sorted(shared)], 5)
+        report.error(
+            "samples in both splits", f"{len(shared)} of {len(validation.rows):,} validation "
+            f"samples have exactly the inputs of a training sample: rows {pairs}",
+            "remove them from one of the splits, or hold another share out with "
+            "--data.validation_split; the results on this one say too much")
+    if not any(task.kind == "language_modeling" for task in job.tasks):
+        _check_answers(train, report)
+    for task in job.tasks:
+        counted = train.targets[task.name]
+        if task.name in job.dataset.train.targets:
+            stored = job.dataset.train.targets[task.name]
+            if stored.numel() <= _MOST_ENTRIES:
+                counted = job.dataset.train.task_targets({task.name: stored})[task.name]
+        _check_balance(task, counted, report)
+
+
+def _check_answers(train: Sample, report: Report) -> None:
+    groups: dict[bytes, list[int]] = {}
+    for index, digest in enumerate(train.digests):
+        groups.setdefault(digest, []).append(index)
+    doubtful = [group for group in groups.values()
+                if len({train.answers[index] for index in group}) > 1]
+    number = sum(map(len, doubtful))
+    report.fact("same inputs, other targets", f"{number} of {len(train.rows):,} training samples")
+    if number > _SHARED_SHARE * len(train.rows):
+        rows = some(["/".join(str(train.rows[i]) for i in group[:3]) for group in doubtful], 5)
+        report.warning(
+            "same inputs, other targets", f"{number} of {len(train.rows):,} training samples have "
+            f"exactly the inputs of another one and another target: rows {rows}",
+            "mend their labels, or name more columns with --data.input that tell them apart")
+
+
+def _check_balance(task: Task, target: Tensor, report: Report) -> None:
+    if task.kind in ("regression", "language_modeling"):
+        return
+    is_handled = task.loss_name in ("focal", "dice") or any(
+        task.loss.keywords.get(name) is not None for name in _HANDLED)
+    names = task.label_names
+    if task.kind == "multilabel":
+        shares = target.float().nanmean(0)
+        rare = [(name, share) for name, share in zip(names, shares.tolist(), strict=True)
+                if not 1 / _RATIO <= share <= 1 - 1 / _RATIO]
+        report.fact(f"labels of {task.name}", "on in " + some(
+            [f"{share:.1%} ({name})" for name, share in zip(names, shares.tolist(), strict=True)]))
+        if rare and not is_handled:
+            report.warning(
+                "labels unbalanced", f"{task.name}: "
+                + some([f"{name} is on in {share:.2%} of the samples" for name, share in rare]),
+                f"--tasks.{task.name}.loss_args.pos_weight with about off/on for each label; "
+                "watch eval/macro_f1")
+        return
+    counts = torch.bincount(target[target != IGNORED].flatten(), minlength=len(names))
+    most, least = int(counts.argmax()), int(counts.argmin())
+    share = float(counts[most] / counts.sum())
+    what = "pixels" if task.kind == "segmentation" else "training samples"
+    report.fact(f"classes of {task.name}",
+                f"{len(names)}; most frequent {names[most]} ({share:.1%}), rarest {names[least]} "
+                f"({float(counts[least] / counts.sum()):.2%})")
+    missing = [name for name, count in zip(names, counts.tolist(), strict=True) if not count]
+    if missing:
+        report.warning("class without samples", f"{task.name}: no {what} of {some(missing)}",
+                       "give training samples of them, or take them out of the data")
+    ratio = float(counts[most] / counts[counts > 0].min())
+    if (ratio > _RATIO or share > _MAJORITY) and not is_handled:
+        weights = (counts.sum() / (len(names) * counts.clamp(min=1))).clamp(max=100).tolist()
+        given = ", ".join(f"{weight:.3g}" for weight in weights[:12])
+        given += ", ..." if len(weights) > 12 else ""
+        report.warning(
+            "labels unbalanced", f"{task.name}: {share:.1%} of the {what} are {names[most]!r}, "
+            f"{ratio:,.0f} times as many as of the rarest class; always saying so is right in "
+            f"{share:.1%}",
+            f"--tasks.{task.name}.loss_args.class_weights '[{given}]', and judge by macro_f1 "
+            f"(--loop.monitor), not by accuracy")
