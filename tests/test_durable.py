@@ -21,6 +21,7 @@ from trainlib import durable
 from trainlib.durable import (
     MANIFEST,
     Damaged,
+    read_json,
     remove_folder,
     remove_leftovers,
     sync_file,
@@ -613,6 +614,16 @@ def test_bytes_are_replaced_as_they_are(tmp_path):
         write_bytes(tmp_path / "part.safetensors", content)
         assert (tmp_path / "part.safetensors").read_bytes() == content
         assert os.listdir(tmp_path) == ["part.safetensors"]
+
+
+def test_json_is_a_mapping_or_an_empty_one(tmp_path):
+    path = tmp_path / "exit.json"
+    assert read_json(path) == {} and read_json(tmp_path) == {}
+    write_text(path, '{"code": 0, "who": "zwölf"}\n')
+    assert read_json(path) == {"code": 0, "who": "zwölf"}
+    for damaged in (b"", b'{"code": 0', b"[1]", b"null", b'{"who": "\xff"}', b"[" * 100_000):
+        path.write_bytes(damaged)
+        assert read_json(path) == {}
 
 
 def test_two_threads_write_the_same_text_without_failing(tmp_path, monkeypatch):

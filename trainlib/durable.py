@@ -18,6 +18,7 @@ import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 MANIFEST = "MANIFEST.json"
 
@@ -47,6 +48,15 @@ def write_bytes(path: Path, content: bytes) -> None:
     finally:
         _discard(temporary)
     _sync_folder(path.parent)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A mapping of JSON; an empty one where the file is missing, damaged or holds anything else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def write_folder(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,12 +112,3 @@ def hub_id(name: str | None) -> str | None:
     if name is None or not _HUB_ID.fullmatch(name) or name.endswith(_FILES) or Path(name).exists():
         return None
     return name
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A mapping of JSON; nothing where it is missing or damaged."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}

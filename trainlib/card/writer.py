@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from trainlib import durable, terminal
-from trainlib.card.facts import Export, Facts, public, read_json
+from trainlib.card.facts import Export, Facts, public
 from trainlib.card.loading import TOKENIZER
 from trainlib.card.metadata import front_matter
 from trainlib.card.sections import PENDING, card_text, comparison
@@ -83,8 +83,8 @@ class ModelCard:
         peak_lr = self.facts.config["optim"]["lr"] if peak_lr is None else peak_lr
 
         def make() -> dict[str, str]:
-            environment = read_json(self.run_dir / "environment.json")
-            search = read_json(self.run_dir / "lr_find.json")
+            environment = durable.read_json(self.run_dir / "environment.json")
+            search = durable.read_json(self.run_dir / "lr_find.json")
             tokenizer = self._tokenizer_file()
             export = Export(
                 which, labels, self.metrics_of(results), step, peak_lr,
@@ -140,7 +140,7 @@ def _teacher(options: dict[str, Any]) -> dict[str, Any]:
     folder = Path(options["run"])
     found = next((each for each in (folder / "best", folder / "final", folder)
                   if (each / "model.safetensors").is_file()), folder)
-    results = read_json(found / "evaluation.json")
+    results = durable.read_json(found / "evaluation.json")
     metrics = {
         f"{task}/{name}" if len(results) > 1 else name: value
         for task, result in results.items() if isinstance(result, dict)

@@ -17,7 +17,7 @@ from trainlib.config import UserError, flatten, is_first_process, parse_yaml
 from trainlib.credentials import redact
 from trainlib.memory import OutOfMemory
 from trainlib.runtime.lock import RunLock, may_be_held, not_writable
-from trainlib.runtime.machine import as_text, describe_machine, now, read_json
+from trainlib.runtime.machine import as_text, describe_machine, now
 from trainlib.runtime.recipes import change_of_length, differences_between
 from trainlib.runtime.restarts import refuse_restart
 from trainlib.runtime.signals import Preempted
@@ -148,7 +148,7 @@ class RunFolder:
         if change is not None:
             self.notes.append(change)
             return None
-        if read_json(self.path / _EXIT).get("code") != 0:
+        if durable.read_json(self.path / _EXIT).get("code") != 0:
             return None
         return (f"{self.path}: this run has finished. To go on, give a longer --loop.duration; for "
                 "another run, choose another --run_dir or remove that folder.")
@@ -191,7 +191,7 @@ class RunFolder:
         durable.remove_folder(self.path / "examples")
         machine = describe_machine(accelerator)
         start = {"time": now(), "step": step, "processes": machine["world_size"]}
-        machine["starts"] = [*read_json(self.path / _ENVIRONMENT).get("starts", []), start]
+        machine["starts"] = [*durable.read_json(self.path / _ENVIRONMENT).get("starts", []), start]
         self._of_the_start = {"config.yaml": config, _ENVIRONMENT: as_text(machine)}
         for name, text in self._of_the_start.items():
             durable.write_text(self.path / name, text)
@@ -301,7 +301,7 @@ class RunFolder:
             return True
         is_locked = self._lock is None and may_be_held(self.path / _LOCK)
         is_run = self._is_blank() or (self.path / "config.yaml").exists()
-        return is_run and not is_locked and read_json(self.path / _EXIT).get("code") != 0
+        return is_run and not is_locked and durable.read_json(self.path / _EXIT).get("code") != 0
 
     def check_free(self) -> None:
         """Refuses a folder that holds a run or other files, though not those of a sweep.

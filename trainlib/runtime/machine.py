@@ -167,15 +167,6 @@ def as_text(content: dict[str, Any]) -> str:
     return json.dumps(content, indent=1) + "\n"
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """A mapping of JSON; nothing where it is missing or damaged."""
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return record if isinstance(record, dict) else {}
-
-
 def now() -> str:
     """The time in UTC, as ISO 8601 has it, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
