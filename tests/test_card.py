@@ -7,6 +7,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import datasets
@@ -241,6 +242,46 @@ def test_a_card_says_what_the_run_was(said, folder):
     assert f"10 classes: {', '.join(names)}" in text
     assert "averaged over the steps" in (folder / "regression" / "final" / "README.md").read_text()
     assert "16 tokens" in (folder / "gpt" / "final" / "README.md").read_text()
+
+
+def lines(run: Path, start: str) -> list[str]:
+    text = (run / "final" / "README.md").read_text()
+    return [line.removeprefix("- ") for line in text.splitlines() if line.startswith(f"- {start}")]
+
+
+def test_the_targets_are_counted(said, folder, tmp_path):
+    [digits, ink, quadrants] = lines(folder / "mlp", "Target")
+    assert digits.startswith("Target `digit`: training samples by class: `0` 142, `1` 146, ")
+    assert sum(map(int, re.findall(r"` (\d+)", digits))) == 1437
+    mean, deviation = (read_json(folder / "mlp" / "final" / "labels.json")["ink"][name][0]
+                       for name in ("mean", "deviation"))
+    assert ink == (f"Target `ink`: mean and deviation in training: `ink` {mean:.6g} and "
+                   f"{deviation:.6g}")
+    assert quadrants.startswith("Target `quadrants`: training samples with each label: `top left` ")
+    assert lines(folder / "unet", "Target") == [
+        "Target `mask`: 1,402,382 of 1,471,488 pixels in training count (95.3%)"]
+    [tokens] = lines(folder / "gpt", "Target")  # of 1,800 bytes and the end
+    assert tokens == "Target `text`: 1,616 tokens to predict in training, 184 in validation"
+    # Many classes, and what is missing.
+    rows = ["x,y,kind,price,size"]
+    for number in range(300):
+        kind = f"k{number % 24}" if number % 7 else ""
+        rows.append(f"{number},{number % 7},{kind},{number % 5 or ''},{number % 4}")
+    for name, more in (("train", []), ("held", ["1,1,k0,1,1"])):
+        (tmp_path / f"{name}.csv").write_text("\n".join(rows + more) + "\n")
+    finish(tmp_path / "run", [
+        "--data.source", str(tmp_path / "train.csv"), "--data.validation_split",
+        str(tmp_path / "held.csv"), "--tasks",
+        "{kind: {}, size: {kind: regression, target: [price, size]}}"])
+    found = Counter(row.split(",")[2] for row in rows[1:])
+    missing = found.pop("")
+    shown = found.most_common()
+    kind, size = lines(tmp_path / "run", "Target")
+    assert f"; {missing} of 300 samples have no such target" in kind and len(found) > 20
+    assert all(f"`{name}` {count}" in kind for name, count in (shown[0], shown[-1]))
+    assert kind.startswith("Target `kind`: training samples by class: most `k")
+    assert "; least `k" in kind
+    assert "`price` 2.5 and 1.11803 (60 missing), `size` 1.5 and 1.11803" in size
 
 
 def test_an_export_with_a_card_is_loaded_as_before_and_is_small(said, folder):

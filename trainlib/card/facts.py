@@ -36,6 +36,8 @@ class Facts:
     pad_id: int | None
     description: str
     """What was read and how it was split."""
+    targets: list[str]
+    """What the training split holds of each."""
     fingerprint: str
     num_training: int
     num_validation: int

@@ -116,6 +116,7 @@ def _data(facts: Facts) -> str:
     lines += [
         f"- Samples: {facts.num_training:,} to train on, {facts.num_validation:,} to validate on"
         f"{f' (validation: {share})' if share is not None else ''}; there is no test split",
+        *(f"- {line}" for line in facts.targets),
         f"- Fingerprint of both splits: `{facts.fingerprint}`",
     ]
     augment = {name: value for name, value in facts.data["augment"].items() if value}

@@ -16,6 +16,7 @@ from trainlib.card.facts import Export, Facts, public
 from trainlib.card.loading import TOKENIZER
 from trainlib.card.metadata import front_matter
 from trainlib.card.sections import PENDING, card_text, comparison
+from trainlib.card.targets import target_lines
 from trainlib.config import parse_yaml
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ class ModelCard:
             # Of the line for the log, what does not depend on the machine.
             description=dataset.description.removeprefix("data: ").partition(
                 f"; {num_training:,} training and ")[0],
+            targets=target_lines(dataset, options["tasks"], tuple(inputs.shape[1:])),
             fingerprint=fingerprint, num_training=num_training,
             num_validation=len(dataset.validation), total_steps=total_steps,
             versions={"python": platform.python_version(), "torch": torch.__version__,
