@@ -284,6 +284,72 @@ def test_the_targets_are_counted(said, folder, tmp_path):
     assert "`price` 2.5 and 1.11803 (60 missing), `size` 1.5 and 1.11803" in size
 
 
+def test_what_is_set_for_the_training_is_said(said, folder, tmp_path):
+    assert lines(folder / "mlp", "Loss") == [
+        "Loss: cross_entropy (digit, weight 1), mse (ink, weight 1), bce (quadrants, weight 1)"]
+    assert lines(folder / "mlp", "Gradients") == ["Gradients: scaled down to a norm of 1"]
+    for start in ("Weights", "Updates", "Distillation"):
+        assert lines(folder / "mlp", start) == []
+    (tmp_path / "l.py").write_text(
+        "from torch.nn.functional import cross_entropy\n"
+        "def own(output, target):\n    return cross_entropy(output, target, reduction='none')\n")
+    for job, flags in {
+        "given": ["--tasks.digit.loss_args",
+                  f"{{label_smoothing: 0.1, class_weights: {[1.0] * 10}}}", "--tasks.digit.weight",
+                  "0.5", "--optim.args", "{betas: [0.9, 0.95]}", "--optim.max_grad_value", "0.25",
+                  "--optim.ema_half_life", "2 steps", "--optim.layer_decay", "0.5", "--schedule",
+                  "{name: polynomial, args: {power: 0.9}, final_fraction: 0.1}",
+                  "--loop.patience", "3", "--loop.on_spike", "skip"],
+        "own": ["--tasks.digit.loss", f"{tmp_path}/l.py:own", "--optim.max_grad_norm", "null",
+                "--loop.duration", "1 step"],
+    }.items():
+        finish(tmp_path / job, flags)
+    given = tmp_path / "given"
+    [loss] = lines(given, "Loss")
+    assert loss == ("Loss: cross_entropy (digit, weight 0.5, label_smoothing 0.1, class_weights "
+                    f"{[1.0] * 10})")
+    for line in ("Optimizer: adamw (weight_decay 0.01, betas [0.9, 0.95])",
+                 "Gradients: scaled down to a norm of 1, then each element clamped to plus or "
+                 "minus 0.25",
+                 "Weights: averaged over the steps, half-life 2 steps",
+                 "Learning rate: peak 0.001, as `config.yaml` has it; polynomial, warm-up 5%, "
+                 "final_fraction 0.1, power 0.9; each layer at 0.5 times the rate of the layer "
+                 "above it",
+                 "Updates with a spike of loss or gradient are left out"):
+        assert lines(given, line.partition(" ")[0]) == [line]
+    [length] = lines(given, "Length")
+    assert length.endswith("(the run: 4 steps, ends after 3 evaluations without a new best)")
+    assert lines(tmp_path / "own", "Loss") == ["Loss: l.py:own (digit, weight 1)"]
+    assert lines(tmp_path / "own", "Gradients") == ["Gradients: not clipped"]
+    assert lines(tmp_path / "own", "Length")[0].startswith("Length: 1 step, 0.0445 epochs (")
+
+
+def test_a_distilled_run_says_what_its_teachers_were_asked_for(tmp_path):
+    small = ["--model.args.hidden", "[9]", "--tasks", "{digit: {}, ink: {kind: regression}}"]
+    teacher = train(tmp_path / "teacher", "--loop.duration", "2 steps", *small)
+    for job, flags, expected in (
+        ("plain", [], "soft loss kl (digit), mse (ink), weight 1; temperature 4; each task only if "
+         "a teacher has it; loss against the targets, weight 1"),
+        ("two", ["--distill.teachers", f"[{teacher}, {{run: {teacher}, weight: 3}}]",
+                 "--distill.tasks", "{digit: {loss: jsd, loss_args: {beta: 0.3}}, ink: {loss: "
+                 "bounded_mse}}", "--distill.temperature", "2", "--distill.kd_weight", "0.5",
+                 "--distill.hard_weight", "0.25", "--distill.warmup", "50%",
+                 "--distill.features", '{"1 -> 1": {weight: 2, teacher: 1}}'],
+         "soft loss jsd with beta 0.3 (digit), bounded_mse (ink), weight 0.5; temperature 2; each "
+         "task only if a teacher has it; loss against the targets, weight 0.25; features "
+         "`1 -> 1` by mse, weight 2 (teacher 1); probabilities of the teachers "
+         "averaged with the weights 1, 3; soft losses and features rise over 50%"),
+        ("cached", ["--distill.tasks", "{digit: {loss: logit_mse}}", "--distill.cache", "logits",
+                    "--distill.cache_dir", str(tmp_path / "outputs")],
+         "soft loss logit_mse (digit), mse (ink), weight 1; each task only if a teacher has it; "
+         "loss against the targets, weight 1; outputs of the teachers kept in fp16"),
+    ):
+        finish(tmp_path / job, ["--distill.teachers", f"[{teacher}]", *small, *flags], distill.main)
+        assert lines(tmp_path / job, "Distillation") == [f"Distillation: {expected}"]
+    finish(tmp_path / "alone", [*small, "--distill.kd_weight", "0"], distill.main)
+    assert lines(tmp_path / "alone", "Distillation") == []
+
+
 def test_an_export_with_a_card_is_loaded_as_before_and_is_small(said, folder):
     for job in JOBS:
         loaded = load_model(folder / job / "final").state_dict()

@@ -63,8 +63,7 @@ class Facts:
     @property
     def net(self) -> str:
         """The net's name; of the user's own without the folders of its file."""
-        name = self.config["model"]["name"]
-        return Path(name).name if ".py:" in name else name
+        return plain_name(self.config["model"]["name"])
 
     @property
     def form(self) -> str:
@@ -99,6 +98,11 @@ class Export:
     commit: str | None
     tokenizer: str | None
     """Name of the file that holds it."""
+
+
+def plain_name(name: str) -> str:
+    """A name in the user's own file without the folders of that file."""
+    return Path(name).name if ".py:" in name else name
 
 
 def public(text: str) -> str:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainlib.card.limits import not_tested
 from trainlib.card.loading import EXPORTS, program
+from trainlib.card.training import training
 
 if TYPE_CHECKING:
     from trainlib.card.facts import Export, Facts
@@ -20,7 +21,7 @@ def card_text(facts: Facts, export: Export) -> str:
     return "\n\n".join([
         f"# {facts.name}", _summary(facts, export), "## Inputs and outputs", _inputs(facts),
         _outputs(facts, export), "## How to load it", _loading(facts, export), "### Other formats",
-        _formats(), EXPORTS, "## Data", _data(facts), "## Training", _training(facts, export),
+        _formats(), EXPORTS, "## Data", _data(facts), "## Training", training(facts, export),
         "## Evaluation", _evaluation(facts, export), "## Not tested", not_tested(facts),
         "## Lineage", _lineage(facts, export),
     ]) + "\n"
@@ -124,39 +125,6 @@ def _data(facts: Facts) -> str:
         lines.append("- Augmentation in training: "
                      + ", ".join(f"{name} {value}" for name, value in augment.items()))
     return "\n".join(lines)
-
-
-def _training(facts: Facts, export: Export) -> str:
-    config = facts.config
-    batch, optim, schedule = config["batch"], config["optim"], config["schedule"]
-    size = batch["global_size"]
-    rate = "unknown" if export.peak_lr is None else f"{export.peak_lr:.4g}"
-    origin = "as `config.yaml` has it"
-    if optim["lr"] in (None, "auto"):
-        origin = "found by a sweep before the first step"
-    elif export.lr_search:
-        origin = "as `lr_find.py` suggested"
-    arguments = {**({"weight_decay": optim["weight_decay"]}), **optim["args"]}
-    losses = ", ".join(f"{task['loss']} ({name}, weight {task['weight']:g})"
-                       for name, task in facts.tasks.items())
-    machine = f"{facts.num_processes} process{'es' * (facts.num_processes > 1)} on {facts.device}"
-    code = f", code at commit {export.commit}" if export.commit else ""
-    return "\n".join([
-        f"- Length: {export.step:,} steps, {export.step * size / facts.num_training:.3g} epochs "
-        f"(the run: {facts.total_steps:,} steps)",
-        f"- Batch: {size} samples, in micro-batches of {batch['micro_size']}",
-        f"- Loss: {losses}",
-        f"- Optimizer: {optim['name']} ("
-        + ", ".join(f"{name} {value}" for name, value in arguments.items()) + ")",
-        f"- Learning rate: peak {rate}, {origin}; {schedule['name']}, warm-up "
-        f"{schedule['warmup']}",
-        f"- Seed: {config['seed']}",
-        f"- Precision: {'fp32' if facts.precision == 'no' else facts.precision}",
-        f"- Machine: {machine}",
-        "- Versions: " + ", ".join(f"{name} {version}" for name, version in facts.versions.items())
-        + code,
-        "- All options: `config.yaml`, which is a recipe",
-    ])
 
 
 def _evaluation(facts: Facts, export: Export) -> str:
