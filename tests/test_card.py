@@ -11,21 +11,26 @@ from collections import Counter
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard as HubCard
 from launching import export, train
+from PIL import Image as image_module
 from safetensors.torch import load_file
 
 import distill
 import train as script
+from trainlib import config, data
 from trainlib.card import ModelCard, add_exports
 from trainlib.card.facts import hub_id, public
 from trainlib.card.sections import PENDING
 from trainlib.checkpoint import Checkpoints
+from trainlib.data.reading import model_inputs
 from trainlib.data.text import load_tokenizer
 from trainlib.models import bundle, load_model
 from trainlib.plots.records import read_json
+from trainlib.tasks import TaskOptions
 
 QUIET = ["--log.trackers", "[]", "--log.report", "false", "--loop.duration", "4 steps"]
 OWN_NET = """
@@ -113,7 +118,7 @@ for folder in sys.argv[1:]:
 
 
 def program(card: str) -> str:
-    [found] = re.findall(r"^```python\n(.*?)^```$", card, re.MULTILINE | re.DOTALL)
+    found, *_ = re.findall(r"^```python\n(.*?)^```$", card, re.MULTILINE | re.DOTALL)
     return found
 
 
@@ -348,6 +353,86 @@ def test_a_distilled_run_says_what_its_teachers_were_asked_for(tmp_path):
         assert lines(tmp_path / job, "Distillation") == [f"Distillation: {expected}"]
     finish(tmp_path / "alone", [*small, "--distill.kd_weight", "0"], distill.main)
     assert lines(tmp_path / "alone", "Distillation") == []
+
+
+def turned(side: int) -> image_module.Exif:
+    exif = image_module.Exif()
+    exif[0x0112] = side  # Orientation
+    return exif
+
+
+def write_images(folder: Path, size: tuple[int, int] | None) -> None:
+    """Files of many kinds, each class the same; of one size (width, height) or of several."""
+    generator = np.random.default_rng(0)
+
+    def pixels(channels, width, height):
+        shape = (height, width, channels) if channels > 1 else (height, width)
+        return image_module.fromarray(generator.integers(0, 256, shape, dtype=np.uint8))
+
+    def sides(number):
+        return size or (13 + 5 * number % 17, 11 + 7 * number % 19)
+
+    images = {f"plain{number}.png": (pixels(3, *sides(number)), {}) for number in range(3)}
+    images |= {"grey.png": (pixels(1, *sides(3)), {}), "alpha.png": (pixels(4, *sides(4)), {}),
+               "grey_alpha.png": (pixels(4, *sides(5)).convert("LA"), {}),
+               "bits.png": (pixels(1, *sides(6)).convert("1"), {}),
+               "palette.png": (pixels(3, *sides(7)).quantize(16), {}),
+               "transparent.png": (pixels(3, *sides(8)).quantize(9), {"transparency": 3}),
+               "transparent.gif": (pixels(3, *sides(9)).quantize(9), {"transparency": 2}),
+               "ink.jpg": (pixels(3, *sides(10)).convert("CMYK"), {}),
+               "steps.webp": (pixels(3, *sides(11)), {}), "large.png": (pixels(3, 97, 41), {})}
+    for number in range(1, 9):
+        width, height = sides(number)
+        width, height = (height, width) if number > 4 and size else (width, height)
+        images[f"turned{number}.jpg"] = (pixels(3, width, height), {"exif": turned(number)})
+        images[f"turned{number}.png"] = (pixels(1, width, height).quantize(9),
+                                         {"exif": turned(number)})
+        images[f"turned{number}.tif"] = (pixels(3, width, height), {"tiffinfo": {274: number}})
+    if size:
+        del images["large.png"]
+    for kind in ("a", "b"):
+        (folder / kind).mkdir(parents=True)
+        for name, (image, options) in images.items():
+            image.save(folder / kind / name, **options)
+
+
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # Pillow's, of many frames
+@pytest.mark.parametrize("flags", [
+    ["--data.channels", "3", "--data.image_size", "[10, 15]"],
+    ["--data.channels", "1", "--data.image_size", "16"], ["--data.channels", "3"],
+    ["--data.channels", "3", "--data.image_size", "40", "--data.in_memory", "false"],
+], ids=["colour", "grey", "one_size", "enlarged"])
+def test_an_image_file_becomes_the_input_of_the_training(tmp_path, flags):
+    write_images(tmp_path / "images", None if "--data.image_size" in flags else (14, 9))
+    flags = ["--data.source", str(tmp_path / "images"), *flags, "--data.workers", "0"]
+    finish(tmp_path / "run", [*flags, "--loop.duration", "1 step"])
+    card = (tmp_path / "run" / "final" / "README.md").read_text()
+    _, reader = re.findall(r"^```python\n(.*?)^```$", card, re.MULTILINE | re.DOTALL)
+    assert "pillow " in lines(tmp_path / "run", "Versions")[0]
+    defined = {}
+    exec(compile(reader, "card", "exec"), defined)
+    options = config.read(script.TrainOptions, flags, "")
+    dataset = data.load(data.open_source(options.data), options.data,
+                        {"label": TaskOptions(target="label")})
+    seen = 0
+    for split in (dataset.train, dataset.validation):
+        inputs = model_inputs(split.read(np.arange(len(split)))[0])
+        paths = [each["path"] for each in split.decode._encoded(split.rows.numpy())]
+        for path, expected in zip(paths, inputs, strict=True):
+            found = defined["read_image"](path)
+            assert found.dtype == expected.dtype and found.equal(expected), path
+            seen += 1
+    assert seen == len(list((tmp_path / "images").rglob("*.*")))
+
+
+def test_lists_of_lists_are_not_called_images(tmp_path):
+    rows = [{"field": [[[number, 2.0], [3.0, 4.0]]], "kind": number % 2} for number in range(40)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    finish(tmp_path / "run", ["--data.source", str(tmp_path / "rows.jsonl"), "--tasks.kind.target",
+                              "kind"])
+    card = (tmp_path / "run" / "final" / "README.md").read_text()
+    assert "Inputs are numbers, fp32 [batch, 1, 2, 2], the lists of the column `field`. The" in card
+    assert "image" not in card
 
 
 def test_an_export_with_a_card_is_loaded_as_before_and_is_small(said, folder):

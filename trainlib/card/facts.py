@@ -31,6 +31,8 @@ class Facts:
     shape: tuple[int, ...]
     """Of one sample."""
     is_float: bool
+    is_encoded: bool
+    """Whether the samples were files of images, or such in a column."""
     columns: list[str] | None
     token_range: tuple[int, int] | None
     pad_id: int | None
@@ -72,7 +74,9 @@ class Facts:
             return "text"
         if not self.is_float:
             return "tokens"
-        return "image" if len(self.shape) == 3 else "numbers"
+        # Lists of lists of lists are not known to be images, nor from 0 to 1.
+        is_image = self.is_encoded or len(self.shape) == 3 and self.columns is None
+        return "image" if is_image else "numbers"
 
     @property
     def is_language_model(self) -> bool:

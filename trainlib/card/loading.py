@@ -59,6 +59,25 @@ def program(facts: Facts, export: Export) -> str:
     return "\n".join(text)
 
 
+def image_reader(facts: Facts) -> str:
+    """The Python that makes an input of an image file, with Pillow: the bits of the training."""
+    channels, height, width = facts.shape
+    fit = [f"    image = ImageOps.fit(image, ({width}, {height}), Image.Resampling.BILINEAR)"]
+    return "\n".join([
+        "import torch", "from PIL import Image, ImageOps", "", "",
+        "def read_image(file):",
+        "    with Image.open(file) as opened:",
+        "        image = ImageOps.exif_transpose(opened)",
+        '    image = image.convert("RGBA") if image.mode == "P" else image',
+        f'    image = image.convert("{"L" if channels == 1 else "RGB"}")',
+        *fit * (facts.data["image_size"] is not None),
+        "    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)",
+        f"    return pixels.view({height}, {width}, {channels}).permute(2, 0, 1).float() / 255",
+        "", "",
+        '# inputs = torch.stack([read_image("photo.jpg")])',
+    ])
+
+
 def _inputs(facts: Facts, export: Export) -> list[str]:
     """Lines that make ``inputs``."""
     size = ", ".join(map(str, facts.shape))
@@ -66,8 +85,7 @@ def _inputs(facts: Facts, export: Export) -> list[str]:
         return ["# Images [batch, channels, height, width] from 0 to 1.",
                 f"inputs = torch.rand(2, {size})"]
     if facts.form == "numbers":
-        what = "columns, in their own units" if facts.columns else "numbers, unscaled"
-        return [f"# {what.capitalize()}.", f"inputs = torch.rand(2, {size})"]
+        return ["# Numbers in the units of the data.", f"inputs = torch.rand(2, {size})"]
     is_bytes = facts.data["tokenizer"] == "bytes"
     if export.tokenizer is None and not is_bytes:
         low, high = facts.token_range or (0, 0)

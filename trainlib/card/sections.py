@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from trainlib.card.limits import not_tested
-from trainlib.card.loading import EXPORTS, program
+from trainlib.card.loading import EXPORTS, image_reader, program
 from trainlib.card.training import training
 
 if TYPE_CHECKING:
@@ -51,11 +51,13 @@ def _inputs(facts: Facts) -> str:
                 f"{facts.shape[0]:,}.")
     if facts.form == "image":
         text = f"Inputs are images, fp32 [batch, {shape}] (channels, height, width) from 0 to 1"
-        if facts.data["image_size"] is not None:
-            text += ", scaled to cover that size and cut about the centre"
+        text += ", made from files by the function below" if facts.is_encoded else ""
     elif facts.is_float:
         text = f"Inputs are numbers, fp32 [batch, {shape}]"
-        text += f", the columns {_names(facts.columns)} in this order" if facts.columns else ""
+        if facts.columns and facts.shape == (len(facts.columns),):
+            text += f", the columns {_names(facts.columns)} in this order"
+        elif facts.columns:
+            text += f", the lists of the column {_names(facts.columns)}"
     else:
         text = (f"Inputs are {'tokens of texts' if facts.form == 'text' else 'token numbers'}, "
                 f"int64 [batch, {shape}]")
@@ -99,9 +101,25 @@ def _loading(facts: Facts, export: Export) -> str:
     return "\n\n".join([
         f"In this folder, with {needs}, and without the repository that trained it:",
         f"```python\n{program(facts, export)}\n```", *notes,
+        *_image_files(facts),
         "With that repository, `trainlib.models.load_model(FOLDER)` does the same, and "
         "`python -m trainlib.predict RUN DATA` writes predictions for new data.",
     ])
+
+
+def _image_files(facts: Facts) -> list[str]:
+    """How the data were read, in words and as a program."""
+    if not facts.is_encoded:
+        return []
+    channels, height, width = facts.shape
+    size = (f"scaled (bilinear, both sides alike) to cover {height}x{width} pixels and cut about "
+            "the centre" if facts.data["image_size"] is not None else
+            f"not scaled (files of other sizes than {height}x{width} pixels were refused)")
+    words = (f"From a file to an input, as in the training: Pillow decodes it, of several frames "
+             f"the first; it is turned upright as its EXIF data say, made "
+             f"{'grey' if channels == 1 else 'RGB'} (transparency is dropped), {size}; 0 to 255 "
+             "become 0 to 1. Files of more than 8 bits a channel were refused.")
+    return [words, f"```python\n{image_reader(facts)}\n```"]
 
 
 def _formats() -> str:

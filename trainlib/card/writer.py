@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import accelerate
+import numpy as np
 import torch
 from torch import nn
 
@@ -50,6 +53,7 @@ class ModelCard:
         self._dataset, self._tokenizer = dataset, None
         self._is_main = accelerator.is_main_process
         inputs, _ = dataset.example()
+        is_encoded = dataset.train.read(np.arange(1))[0].dtype == torch.uint8
         options = parse_yaml(config)
         parameters = list(module.parameters())
         num_training = len(dataset.train)
@@ -58,6 +62,7 @@ class ModelCard:
             num_parameters=sum(p.numel() for p in parameters),
             num_trained=sum(p.numel() for p in parameters if p.requires_grad),
             shape=tuple(inputs.shape[1:]), is_float=inputs.is_floating_point(),
+            is_encoded=is_encoded,
             columns=dataset.inputs, token_range=dataset.token_range, pad_id=dataset.pad_id,
             # Of the line for the log, what does not depend on the machine.
             description=dataset.description.removeprefix("data: ").partition(
@@ -65,8 +70,8 @@ class ModelCard:
             targets=target_lines(dataset, options["tasks"], tuple(inputs.shape[1:])),
             fingerprint=fingerprint, num_training=num_training,
             num_validation=len(dataset.validation), total_steps=total_steps,
-            versions={"python": platform.python_version(), "torch": torch.__version__,
-                      "accelerate": accelerate.__version__},
+            versions=_versions(
+                [*portable.packages, *(["pillow"] if is_encoded else [])]),
             device=(torch.cuda.get_device_name(accelerator.device)
                     if accelerator.device.type == "cuda" else accelerator.device.type),
             precision=accelerator.mixed_precision, num_processes=accelerator.num_processes,
@@ -124,6 +129,16 @@ class ModelCard:
             is_small = text is not None and len(text.encode()) <= _MAX_TOKENIZER_BYTES
             self._tokenizer = {TOKENIZER: text} if is_small else {}
         return self._tokenizer
+
+
+def _versions(packages: Iterable[str]) -> dict[str, str]:
+    """Of Python and of what computes; of packages only where they are known by these names."""
+    found = {"python": platform.python_version(), "torch": torch.__version__,
+             "accelerate": accelerate.__version__}
+    for package in packages:
+        with suppress(metadata.PackageNotFoundError, ValueError):
+            found[package] = metadata.version(package)
+    return found
 
 
 def _teachers(options: dict[str, Any]) -> list[dict[str, Any]]:
