@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import re
 import runpy
 import shutil
@@ -214,6 +215,59 @@ def test_the_program_uses_the_package_that_the_net_comes_from(folder, tmp_path, 
         trained_with = load_tokenizer(str(folder / "words.json"), True)
         [numbers] = trained_with.encode(["the dog jumps over what"])
         assert copied.encode("the dog jumps over what").ids == numbers.tolist()
+
+
+TWO_HEADS = """
+from torch import nn
+from transformers import AutoConfig, AutoModel
+
+class Net(nn.Module):
+    def __init__(self, vocab_size, classes):
+        super().__init__()
+        self.body = AutoModel.from_config(AutoConfig.for_model(
+            "bert", vocab_size=vocab_size, hidden_size=8, num_hidden_layers=1,
+            num_attention_heads=2, intermediate_size=16, max_position_embeddings=16))
+        self.heads = nn.ModuleDict({name: nn.Linear(8, size) for name, size in classes.items()})
+
+    def forward(self, tokens):
+        first = self.body(tokens).last_hidden_state[:, 0]
+        return {name: head(first) for name, head in self.heads.items()}
+"""
+
+
+@pytest.mark.parametrize("tasks, net", [
+    # Two targets: the net's own two heads; one target, two losses: the only head of transformers.
+    ("{mood: {}, score: {kind: regression}}", ["--model.name", "{folder}/heads.py:Net"]),
+    ("{mood: {}, again: {target: mood, loss: focal}}", LIBRARIES["bert"][-4:]),
+], ids=["two_heads", "one_head"])
+def test_two_tasks_on_a_net_of_transformers_run_in_an_empty_folder(tmp_path, tasks, net):
+    pytest.importorskip("transformers")
+    (tmp_path / "said.csv").write_text(
+        "text,mood,score\n" + "the dog,good,1.5\na fox,bad,2\nthe fox,bad,4\n" * 20)
+    (tmp_path / "heads.py").write_text(TWO_HEADS)
+    flags = [flag.format(folder=tmp_path) if "{" in flag else flag for flag in net]
+    module = finish(tmp_path / "run", [
+        "--data.source", str(tmp_path / "said.csv"), "--data.input", "text", "--data.tokenizer",
+        "bytes", "--tasks", tasks, *flags])
+    taken = take(tmp_path / "run", tmp_path / "taken")
+    with (taken / "program.py").open("a") as file:
+        file.write('\nparts = output if isinstance(output, dict) else {"logits": output.logits}\n'
+                   'torch.save({"inputs": inputs, **parts}, "said.pt")\n')
+    shutil.rmtree(tmp_path / "run")
+    (tmp_path / "heads.py").unlink()
+    result = subprocess.run([sys.executable, "program.py"], cwd=taken, capture_output=True,
+                            text=True, timeout=120, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    assert result.returncode == 0, result.stderr
+    said = torch.load(taken / "said.pt", weights_only=True)
+    with torch.no_grad():
+        expected = module(said.pop("inputs"))
+    assert said and all(expected[name].equal(output) for name, output in said.items())
+    first, second = result.stdout.splitlines()
+    number = expected["mood" if "mood" in said else "logits"].argmax(1)
+    assert first == repr([["bad", "good"][number]])
+    scale = json.loads((taken / "labels.json").read_text()).get("score")
+    assert second == (first if scale is None else str(
+        expected["score"] * torch.tensor(scale["deviation"]) + torch.tensor(scale["mean"])))
 
 
 def test_the_front_matter_is_that_of_the_hub(said, folder):
