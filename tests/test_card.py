@@ -279,6 +279,11 @@ def test_the_front_matter_is_that_of_the_hub(said, folder):
             logged = [json.loads(line) for line in
                       (folder / job / "metrics.jsonl").read_text().splitlines()]
             last = [each for each in logged if "eval/loss" in each][-1]
+            evaluated = read_json(folder / job / which / "evaluation.json")
+            if len(evaluated) == 1:
+                [own] = evaluated.values()
+                assert "loss" in own.keys() & results.keys()
+                assert all(results[name] == own[name] for name in own.keys() & results.keys())
             if which == "final":
                 assert results == {key.removeprefix("eval/"): value for key, value in last.items()
                                    if key.startswith("eval/")}
@@ -528,9 +533,9 @@ def test_the_lineage_names_teachers_weights_and_the_rate_finder(tmp_path):
                                   str(teacher), *small], distill.main)
     text = (tmp_path / "student" / "best" / "README.md").read_text()
     accuracy = read_json(teacher / "best" / "evaluation.json")["digit"]["accuracy"]
-    assert f"- Teacher: `{teacher}`, a `mlp`; its own evaluation: loss " in text
+    assert "- Teacher: `teacher`, a `mlp`; its own evaluation: loss " in text
     assert f"accuracy {accuracy:.6g}" in text
-    assert f"- Started from the weights in `{teacher}`" in text
+    assert "- Started from the weights in `teacher`" in text and str(tmp_path) not in text
     compared = read_json(tmp_path / "student" / "distillation.json")
     both = [compared[who]["eval/accuracy"] for who in ("student", "teachers")]
     assert "`eval/accuracy`: this model {:.6g}, the teachers {:.6g}".format(*both) in text
@@ -565,6 +570,22 @@ def test_no_home_and_no_secret_stands_in_a_card(monkeypatch, tmp_path):
     finish(tmp_path / "secretly-named-run", [])
     text = (tmp_path / "secretly-named-run" / "final" / "README.md").read_text()
     assert HubCard(text).data.model_name == "***" and "secretly-named-run" not in text
+
+
+def test_no_folder_of_the_machine_stands_in_a_card(tmp_path):
+    rows = "a,b,kind\n" + "1,2,x\n2,1,one `of`  many\n" * 20
+    for name in ("held.csv", "rows.csv"):
+        (tmp_path / name).write_text(rows)
+    (tmp_path / "own.py").write_text("def same(images):\n    return images\n")
+    finish(tmp_path / "run", [
+        "--data.source", f"{tmp_path}/r*.csv", "--data.validation_split", f"{tmp_path}/held.csv",
+        "--data.augment.function", f"{tmp_path}/own.py:same", "--tasks.kind.target", "kind"])
+    text = (tmp_path / "run" / "final" / "README.md").read_text()
+    assert str(tmp_path) not in text and "function own.py:same" in text
+    assert "- Source: r*.csv: 40 rows, validation from held.csv" in text
+    assert "by class: `one 'of' many` 20, `x` 20" in text
+    [result, *_] = HubCard(text).data.eval_results
+    assert (result.dataset_name, result.dataset_split) == ("r*.csv", "held.csv")
 
 
 def test_a_source_is_the_hubs_only_if_it_can_be(tmp_path, monkeypatch):

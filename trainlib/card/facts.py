@@ -78,6 +78,19 @@ class Facts:
         is_image = self.is_encoded or len(self.shape) == 3 and self.columns is None
         return "image" if is_image else "numbers"
 
+    def public(self, text: str) -> str:
+        """The text without credentials, and without the folders that the options name.
+
+        Arguments of the net stay as they are, for the program needs them.
+        """
+        args = self.config["model"]["args"]
+        loaded = [args.get("pretrained"), args.get("weights")]
+        given = {**self.config, "model": self.config["model"] | {"args": loaded}}
+        for path in sorted(_absolute_paths(given), key=len, reverse=True):
+            text = re.sub(rf"(?<![\w.~-]){re.escape(path)}(?![\w-])",
+                          lambda _, path=path: Path(path).name, text)
+        return public(text)
+
     @property
     def is_language_model(self) -> bool:
         """Whether the only task is to predict the next token."""
@@ -107,6 +120,20 @@ class Export:
 def plain_name(name: str) -> str:
     """A name in the user's own file without the folders of that file."""
     return Path(name).name if ".py:" in name else name
+
+
+def _absolute_paths(options: Any) -> set[str]:
+    """The options that are absolute paths, of files, folders or objects in files."""
+    if isinstance(options, dict | list):
+        parts = options.values() if isinstance(options, dict) else options
+        return set().union(*map(_absolute_paths, parts))
+    is_path = isinstance(options, str) and Path(options).is_absolute() and Path(options).name
+    return {options} if is_path else set()
+
+
+def as_code(name: Any) -> str:
+    """A name from the data in Markdown, on one line."""
+    return f"`{' '.join(str(name).split()).replace('`', chr(39))}`"
 
 
 def public(text: str) -> str:

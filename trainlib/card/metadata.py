@@ -69,14 +69,14 @@ def _result(facts: Facts, types: dict[str, str], key: str, value: float) -> Eval
         task, _, metric = name.partition("/")
     plain = next((metric.removeprefix(each) for each in _AVERAGES if metric.startswith(each)),
                  metric)
-    source, split = public(data["source"]), data["validation_split"]
+    source, split = facts.public(data["source"]), data["validation_split"]
     return EvalResult(
         task_type=types[task],
         task_name=" and ".join(name for name, each in types.items() if each == types[task]),
         dataset_type=source,
         dataset_name=source,
         dataset_config=data["subset"],
-        dataset_split=public(split) if isinstance(split, str) else "validation",
+        dataset_split=facts.public(split) if isinstance(split, str) else "validation",
         dataset_revision=data["revision"],
         metric_type=_METRICS.get(plain, plain),
         metric_name=name,

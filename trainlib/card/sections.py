@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from trainlib.card.facts import as_code
 from trainlib.card.limits import not_tested
 from trainlib.card.loading import EXPORTS, image_reader, program
 from trainlib.card.training import training
@@ -19,7 +20,7 @@ _SHOWN = 20  # names in a line
 def card_text(facts: Facts, export: Export) -> str:
     """Everything below the front matter."""
     return "\n\n".join([
-        f"# {facts.name}", _summary(facts, export), "## Inputs and outputs", _inputs(facts),
+        f"# {facts.name}", _summary(facts, export), "## Inputs and outputs", _inputs(facts, export),
         _outputs(facts, export), "## How to load it", _loading(facts, export), "### Other formats",
         _formats(), EXPORTS, "## Data", _data(facts), "## Training", training(facts, export),
         "## Evaluation", _evaluation(facts, export), "## Not tested", not_tested(facts),
@@ -44,11 +45,13 @@ def _summary(facts: Facts, export: Export) -> str:
             "- Licence of the weights: none has been stated")
 
 
-def _inputs(facts: Facts) -> str:
+def _inputs(facts: Facts, export: Export) -> str:
     shape = ", ".join(map(str, facts.shape))
+    made = f" of `{export.tokenizer}`" if export.tokenizer else ""
+    made = ", the UTF-8 bytes of a text" if facts.data["tokenizer"] == "bytes" else made
     if facts.is_language_model:
-        return (f"Inputs are token numbers, int64 [batch, length]; trained on blocks of up to "
-                f"{facts.shape[0]:,}.")
+        return (f"Inputs are token numbers{made}, int64 [batch, length]; trained on blocks of up "
+                f"to {facts.shape[0]:,}.")
     if facts.form == "image":
         text = f"Inputs are images, fp32 [batch, {shape}] (channels, height, width) from 0 to 1"
         text += ", made from files by the function below" if facts.is_encoded else ""
@@ -59,8 +62,7 @@ def _inputs(facts: Facts) -> str:
         elif facts.columns:
             text += f", the lists of the column {_names(facts.columns)}"
     else:
-        text = (f"Inputs are {'tokens of texts' if facts.form == 'text' else 'token numbers'}, "
-                f"int64 [batch, {shape}]")
+        text = f"Inputs are token numbers{made}, int64 [batch, {shape}]"
         text += (f", cut to that length or padded with {facts.pad_id}"
                  if facts.pad_id is not None else "")
     if facts.is_float:
@@ -78,8 +80,8 @@ def _outputs(facts: Facts, export: Export) -> str:
             "classification": f"a logit for each of {len(names)} classes",
             "multilabel": f"a logit for each of {len(names)} labels, on from "
                           f"{task['thresholds']} (after the sigmoid)",
-            "regression": "numbers in deviations from their mean; `labels.json` has what undoes "
-                          "that",
+            "regression": "a number for each column, in deviations from its mean (`labels.json` "
+                          "has both)",
             "segmentation": "a logit for each pixel and class, [batch, classes, height, width]"
             if task["loss"] != "bce" else "one logit for each pixel, on where it is above 0",
             "language_modeling": "logits of the next token at each place, [batch, length, tokens]",
@@ -93,9 +95,8 @@ def _loading(facts: Facts, export: Export) -> str:
     if not facts.portable.lines:
         return "\n\n".join(notes)
     packages = facts.portable.packages + ["tokenizers"] * (export.tokenizer is not None)
-    needs = "torch and safetensors"
-    if packages:
-        needs += f"; and {', '.join(packages)}"
+    *most, last = ["torch", "safetensors", *packages]
+    needs = f"{', '.join(most)} and {last}"
     if facts.data["tokenizer"] not in (None, "bytes") and export.tokenizer is None:
         notes.append(f"The tokenizer, {facts.data['tokenizer']}, is not in this folder.")
     return "\n\n".join([
@@ -205,7 +206,7 @@ def comparison(report: dict[str, Any]) -> str:
 
 
 def _names(names: list[Any]) -> str:
-    shown = ", ".join(f"`{name}`" for name in names[:_SHOWN])
+    shown = ", ".join(map(as_code, names[:_SHOWN]))
     return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN} more"
 
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from trainlib.card.facts import as_code
+
 if TYPE_CHECKING:
     from trainlib.data import Dataset, TargetInfo
 
@@ -78,7 +80,7 @@ def _frequencies(names: list[str], counts: Tensor) -> str:
 
 
 def _listed(names: list[str], numbers: list[int], places: Iterable[int]) -> str:
-    return ", ".join(f"`{names[place]}` {numbers[place]:,}" for place in places)
+    return ", ".join(f"{as_code(names[place])} {numbers[place]:,}" for place in places)
 
 
 def _numbers(info: TargetInfo, stored: Tensor) -> str:
@@ -86,7 +88,7 @@ def _numbers(info: TargetInfo, stored: Tensor) -> str:
     missing = stored.isnan().sum(0).tolist()
     columns = list(zip(info.label_names, info.mean, info.deviation, missing, strict=True))
     shown = ", ".join(
-        f"`{name}` {mean:.6g} and {deviation:.6g}" + f" ({lacks:,} missing)" * (lacks > 0)
+        f"{as_code(name)} {mean:.6g} and {deviation:.6g}" + f" ({lacks:,} missing)" * (lacks > 0)
         for name, mean, deviation, lacks in columns[:_SHOWN])
     more = len(columns) - _SHOWN
     return shown + f" and {more:,} more in `labels.json`" * (more > 0)

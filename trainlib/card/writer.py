@@ -99,7 +99,7 @@ class ModelCard:
                 environment.get("starts", []), environment.get("git_commit"),
                 next(iter(tokenizer), None),
             )
-            text = public(card_text(self.facts, export))
+            text = self.facts.public(card_text(self.facts, export))
             card = f"---\n{front_matter(self.facts, export)}\n---\n\n{text}"
             return {CARD: card} | self.facts.portable.files | tokenizer
 
