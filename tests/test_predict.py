@@ -217,6 +217,26 @@ def test_images_of_which_one_is_broken_and_classes_are_others(tmp_path, image_fo
         assert row["prediction"] == files["a.png"]["prediction"] and not found
 
 
+def test_loose_images_beside_folders_of_images_are_refused(tmp_path, image_folder, capsys):
+    run = trained_on(tmp_path, image_folder, "--model.name", "resnet")
+    new = tmp_path / "new"
+    (new / "deep" / "down").mkdir(parents=True)
+    source = sorted((Path(image_folder) / "class 2").iterdir())[0]
+    for place in ("loose.png", "deep/down/a.png"):
+        shutil.copy(source, new / place)
+    said = refusal(capsys, run, new, "--out", tmp_path / "x.csv")
+    assert "1 loose images (the first is loose.png) and 1 in folders (deep)" in said
+    # The ways out that it names.
+    assert "name one of the folders" in said and f"'{new}/*.png'" in said and "move" in said
+    assert len(ask(tmp_path, run, f"{new}/*.png")[0]) == 1
+    assert len(ask(tmp_path, run, f"{new}/**/*.png")[0]) == 2
+    assert len(ask(tmp_path, run, new / "deep")[0]) == 1
+    (new / "deep" / "down" / "a.png").rename(new / "deep" / "down" / "notes.txt")
+    assert len(ask(tmp_path, run, new)[0]) == 1  # a folder without images hides none
+    capsys.readouterr()
+    assert "no file matches" in refusal(capsys, run, f"{new}/none*.png")
+
+
 def test_lists_of_another_length_are_named(tmp_path, own_folder):
     random = np.random.default_rng(0)
     rows = [{"x": random.normal(size=3).tolist(), "y": n % 2} for n in range(40)]

@@ -64,7 +64,29 @@ def _loose_images(source: str) -> list[str]:
         files = [source]
     else:
         files = sorted(glob.glob(source, recursive=True))
+    images = _images(files)
+    if images and path.is_dir():
+        _refuse_folders_beside(path, images)
+    if not files and glob.has_magic(source) and _images([source]):
+        raise UserError(f"DATA: no file matches {source}")
+    return images
+
+
+def _images(files: list[str]) -> list[str]:
     return [file for file in files if Path(file).suffix.lower() in _IMAGES]
+
+
+def _refuse_folders_beside(folder: Path, images: list[str]) -> None:
+    """Refuses loose images beside folders of images, of which one would go unseen."""
+    inside = _images(glob.glob("*/**/*", root_dir=folder, recursive=True))
+    if inside:
+        names = list(dict.fromkeys(Path(file).parts[0] for file in sorted(inside)))
+        shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+        raise UserError(
+            f"DATA: {folder} holds {len(images):,} loose images (the first is "
+            f"{Path(images[0]).name}) and {len(inside):,} in folders ({shown}); name one of the "
+            f"folders, or a glob such as '{folder}/*{Path(images[0]).suffix}', or move the loose "
+            "images into a folder")
 
 
 def _table_of_images(files: list[str], column: str) -> datasets.Dataset:
