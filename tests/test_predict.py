@@ -2,6 +2,7 @@
 be read is named, and the rest is predicted."""
 
 import csv
+import gzip
 import json
 import shutil
 from pathlib import Path
@@ -380,3 +381,111 @@ def test_a_broken_file_with_a_mark_of_its_bytes_and_a_long_field_is_read(wine, t
     (tmp_path / "new.csv").write_text(text, encoding="utf-8-sig")
     table, _ = ask(tmp_path, wine, tmp_path / "new.csv")
     assert [row["row"] for row in table if row["error"]] == ["1"]
+
+
+# ---- texts as they are written, and files that are none ----
+
+BERT = ["--data.input", "text", "--data.tokenizer", "bytes", "--data.block_size", "16",
+        "--tasks.label.target", "label", "--model.name",
+        "transformers:AutoModelForSequenceClassification", "--model.args",
+        "{config: {model_type: bert, hidden_size: 8, num_hidden_layers: 1, "
+        "num_attention_heads: 2, intermediate_size: 8}}"]
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory) -> Path:
+    pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("texts")
+    lines = [f"{k % 7} of {k} things,{'pos' if k % 2 else 'neg'}" for k in range(60)]
+    (folder / "texts.csv").write_text("\n".join(["text,label", *lines]) + "\n")
+    return trained_on(folder, folder / "texts.csv", *BERT)
+
+
+def test_texts_of_digits_are_texts_as_they_are_written(texts, tmp_path, capsys):
+    written = ["123", "007", "1.50", "true", "2020-01-01"]
+    parquet = tmp_path / "wanted.parquet"
+    datasets.Dataset.from_dict({"text": written}).to_parquet(parquet)
+    wanted = [row["confidence"] for row in ask(tmp_path, texts, parquet)[0]]
+    assert len(set(wanted)) == len(wanted)
+    strings = [json.dumps({"text": text}) for text in written]
+    numbers = [*strings[:2], '{"text": 1.50}', '{"text": true}', strings[4]]
+    for name, lines, some in (
+        ("all.csv", ["text,label", "123,pos", "007,neg"], slice(2)),
+        ("all.tsv", ["text\tlabel", "123\tpos", "007\tneg"], slice(2)),
+        ("some.csv", ["text", *written], slice(5)),
+        ("truths.csv", ["text", "true"], slice(3, 4)),
+        ("strings.jsonl", strings, slice(5)),
+        ("dates.jsonl", strings[4:], slice(4, 5)),
+        ("numbers.jsonl", numbers, slice(5)),
+        ("number.jsonl", ['{"text": 123}'], slice(1)),
+        ("list.json", ["[" + ", ".join(numbers) + "]"], slice(5)),
+    ):
+        (tmp_path / name).write_text("\n".join(lines) + "\n")
+        table, _ = ask(tmp_path, texts, tmp_path / name)
+        assert [row["confidence"] for row in table] == wanted[some], name
+    # More rows than are read at a time: digits alone in the second part.
+    (tmp_path / "long.csv").write_text("\n".join(["text", *["a"] * 10_000, *["007"] * 20]) + "\n")
+    table, _ = ask(tmp_path, texts, tmp_path / "long.csv", "--batch_size", "4096")
+    assert float(table[-1]["confidence"]) == pytest.approx(float(wanted[1]), abs=1e-6)
+    capsys.readouterr()
+    datasets.Dataset.from_dict({"text": [123]}).to_parquet(parquet)
+    table, _ = ask(tmp_path, texts, parquet)
+    assert table[0]["confidence"] == wanted[0] and "read as the texts" in capsys.readouterr().err
+
+
+def test_a_quote_that_is_never_closed_costs_its_line_only(wine, texts, tmp_path):
+    new = tmp_path / "new.csv"
+    lines = ["acid,sugar,kind", "1,2,red", '1,2,"red', "3,4,red", "5,6,white"]
+    new.write_text("\n".join(lines) + "\n")
+    table, _ = ask(tmp_path, wine, new)
+    errors = {row["row"]: row["error"] for row in table if row["error"]}
+    assert errors == {"1": "has a quote that is opened and never closed"}
+    assert [row["target"] for row in table if row["task"] == "kind"] == ["red", "red", "white"]
+    new.write_text('text,label\ngood,pos\n"open,neg\nmore,neg\n')
+    table, _ = ask(tmp_path, texts, new)
+    assert {row["row"]: row["error"] for row in table if row["error"]} == errors
+
+
+def test_bytes_that_are_no_text_are_named(wine, texts, tmp_path, capsys):
+    new = tmp_path / "new.csv"
+    new.write_bytes("text,label,note\ncafé,pos,\ngood,pos,é\nbad,nég,\n".encode("latin1"))
+    table, found = ask(tmp_path, texts, new)
+    [error] = [row for row in table if row["error"]]
+    assert error["row"] == "0" and "'text' is no UTF-8 text" in error["error"]
+    assert "iconv -f latin1 -t utf-8" in error["error"]
+    assert [row["target"] for row in table[:2]] == ["pos", ""]  # what is not used does not matter
+    assert "'n\ufffdg'" in capsys.readouterr().err and found["label"]
+    (tmp_path / "new.jsonl").write_bytes('{"text": "café"}\n{"text": "good"}\n'.encode("latin1"))
+    rows, _ = ask(tmp_path, texts, tmp_path / "new.jsonl")
+    assert rows[0]["confidence"] == table[0]["confidence"] and "UTF-8" in rows[1]["error"]
+    (tmp_path / "new.jsonl").write_text('{"text": "\\ud800"}\n{"text": "good"}\n')
+    assert len([row for row in ask(tmp_path, texts, tmp_path / "new.jsonl")[0]
+                if row["error"]]) == 1
+    capsys.readouterr()
+    new.write_bytes("acid,sugar,kind\n1,2,red\n".encode("utf-16"))
+    assert "is UTF-16; convert it: iconv" in refusal(capsys, wine, new, "--out", tmp_path / "x")
+    new.write_bytes("säure,sugar,kind\n1,2,red\n".encode("latin1"))
+    assert "header is no UTF-8" in refusal(capsys, wine, new, "--out", tmp_path / "x")
+
+
+def test_columns_that_stand_twice_are_refused_where_they_are_used(wine, tmp_path, capsys):
+    new = tmp_path / "new.csv"
+    for header in ("acid,acid,sugar,kind", "acid,kind,sugar,kind"):
+        new.write_text(f"{header}\n1,2,3,red\n")
+        assert f"2 columns '{header.split(',')[1]}'" in refusal(
+            capsys, wine, new, "--out", tmp_path / "x.csv")
+    new.write_text("acid,note,note,sugar\n1,8,9,2\n")
+    table, _ = ask(tmp_path, wine, new)
+    new.write_text("acid,sugar\n1,2\n")
+    assert ask(tmp_path, wine, new)[0] == table
+    # A separator at the end of each line moves no column.
+    new.write_text("acid,sugar\n1,2,\n")
+    assert ask(tmp_path, wine, new)[0] == table
+
+
+def test_a_compressed_file_that_is_cut_is_refused(wine, tmp_path, capsys):
+    content = gzip.compress(b"acid,sugar\n" + b"1,2\n3,4.5\n" * 100)
+    for given in (content[:40], b"acid,sugar\n1,2\n"):
+        (tmp_path / "new.csv.gz").write_bytes(given)
+        assert "cannot be read" in refusal(
+            capsys, wine, tmp_path / "new.csv.gz", "--out", tmp_path / "x.csv")
