@@ -431,6 +431,22 @@ def test_texts_of_digits_are_texts_as_they_are_written(texts, tmp_path, capsys):
     datasets.Dataset.from_dict({"text": [123]}).to_parquet(parquet)
     table, _ = ask(tmp_path, texts, parquet)
     assert table[0]["confidence"] == wanted[0] and "read as the texts" in capsys.readouterr().err
+    # Of a folder no reader is told what is text.
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "new.csv").write_text("text\n007\n")
+    said = refusal(capsys, texts, tmp_path / "folder", "--out", tmp_path / "x.csv")
+    assert f"name the files, as '{tmp_path}/folder/*.csv'" in said
+    table, _ = ask(tmp_path, texts, tmp_path / "folder/*.csv")
+    assert table[0]["confidence"] == wanted[1]
+
+
+def test_a_list_among_numbers_costs_its_row_only(wine, tmp_path):
+    rows = ['{"acid": 1, "sugar": 2}', '{"acid": 1, "sugar": [2]}', f'{{"acid": 1{"0" * 20}, '
+            '"sugar": 2}']
+    (tmp_path / "new.jsonl").write_text("\n".join(rows) + "\n")
+    table, _ = ask(tmp_path, wine, tmp_path / "new.jsonl")
+    assert {row["row"]: row["error"] for row in table if row["error"]} == {
+        "1": "'sugar': '[2]' is no number"}
 
 
 def test_a_quote_that_is_never_closed_costs_its_line_only(wine, texts, tmp_path):

@@ -67,6 +67,9 @@ def only_table(
     kinds = kinds_of(table)
     for column in inputs if used.is_text else []:
         if kinds.get(column) == INTEGER:
+            if table.info.builder_name in ("csv", "json"):  # of a folder
+                raise UserError(f"{where}: {column!r} was read as numbers, so zeros in front are "
+                                f"lost; name the files, as '{options.source}/*.csv'")
             table = _as_text(table, column)
             notes.append(f"{column!r} holds integers, read as the texts of them")
     return where, table, unread

@@ -158,7 +158,8 @@ def _table_of(rows: list[dict[str, Any]]) -> datasets.Dataset:
         try:
             columns[name] = pyarrow.array(values)
         except (pyarrow.ArrowException, OverflowError):
-            lists = any(isinstance(value, list) for value in values)
+            there = [isinstance(value, list) for value in values if value is not None]
+            lists = 2 * sum(there) > len(there)  # what the most rows have is meant
             columns[name] = pyarrow.array([
                 (value if isinstance(value, list) else None) if lists
                 else None if value is None else str(value) for value in values])
