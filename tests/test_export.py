@@ -157,7 +157,10 @@ def test_mistakes_are_told_in_one_line(tmp_path, capsys, monkeypatch):
         capsys, run, "--to", "torch_export", "--weights", "final")
     assert "ends with .pt2" in refusal(capsys, run, "--to", "torch_export", "--out", "x.onnx")
     assert "cannot take inputs" in refusal(capsys, run, "--to", "torch_export", "--shape", "[5]")
-    assert "--shape: a list" in refusal(capsys, run, "--to", "torch_export", "--shape", "[4")
+    for shape in ("[4", "[]", "[true]"):
+        assert "--shape: a list" in refusal(capsys, run, "--to", "torch_export", "--shape", shape)
+    assert "cannot be written" in refusal(
+        capsys, run, "--to", "torch_export", "--out", tmp_path / f"{'x' * 300}.pt2")
     monkeypatch.setattr(export, "_ONNX_PACKAGES", ("onnx", "no_such_package"))
     assert "pip install" in (said := refusal(capsys, run, "--to", "onnx"))
     assert "no_such_package" in said
@@ -168,6 +171,9 @@ def test_labels_that_are_fewer_than_the_outputs_are_refused(tmp_path, capsys):
     labels = run / "best" / "labels.json"
     labels.write_text(json.dumps({"kind": CLASSES[:2]}))
     assert "2 labels, the net 3 outputs" in refusal(capsys, run, "--to", "torch_export")
+    for wrong in ([], {"kind": 3}):
+        labels.write_text(json.dumps(wrong))
+        assert "labels.json: a list of labels" in refusal(capsys, run, "--to", "torch_export")
 
 
 def test_an_older_run_needs_the_shape(tmp_path):

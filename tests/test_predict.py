@@ -2,6 +2,7 @@
 be read is named, and the rest is predicted."""
 
 import csv
+import gzip
 import json
 import shutil
 from pathlib import Path
@@ -217,6 +218,26 @@ def test_images_of_which_one_is_broken_and_classes_are_others(tmp_path, image_fo
         assert row["prediction"] == files["a.png"]["prediction"] and not found
 
 
+def test_loose_images_beside_folders_of_images_are_refused(tmp_path, image_folder, capsys):
+    run = trained_on(tmp_path, image_folder, "--model.name", "resnet")
+    new = tmp_path / "new"
+    (new / "deep" / "down").mkdir(parents=True)
+    source = sorted((Path(image_folder) / "class 2").iterdir())[0]
+    for place in ("loose.png", "deep/down/a.png"):
+        shutil.copy(source, new / place)
+    said = refusal(capsys, run, new, "--out", tmp_path / "x.csv")
+    assert "1 loose images (the first is loose.png) and 1 in folders (deep)" in said
+    # The ways out that it names.
+    assert "name one of the folders" in said and f"'{new}/*.png'" in said and "move" in said
+    assert len(ask(tmp_path, run, f"{new}/*.png")[0]) == 1
+    assert len(ask(tmp_path, run, f"{new}/**/*.png")[0]) == 2
+    assert len(ask(tmp_path, run, new / "deep")[0]) == 1
+    (new / "deep" / "down" / "a.png").rename(new / "deep" / "down" / "notes.txt")
+    assert len(ask(tmp_path, run, new)[0]) == 1  # a folder without images hides none
+    capsys.readouterr()
+    assert "no file matches" in refusal(capsys, run, f"{new}/none*.png")
+
+
 def test_lists_of_another_length_are_named(tmp_path, own_folder):
     random = np.random.default_rng(0)
     rows = [{"x": random.normal(size=3).tolist(), "y": n % 2} for n in range(40)]
@@ -360,3 +381,127 @@ def test_a_broken_file_with_a_mark_of_its_bytes_and_a_long_field_is_read(wine, t
     (tmp_path / "new.csv").write_text(text, encoding="utf-8-sig")
     table, _ = ask(tmp_path, wine, tmp_path / "new.csv")
     assert [row["row"] for row in table if row["error"]] == ["1"]
+
+
+# ---- texts as they are written, and files that are none ----
+
+BERT = ["--data.input", "text", "--data.tokenizer", "bytes", "--data.block_size", "16",
+        "--tasks.label.target", "label", "--model.name",
+        "transformers:AutoModelForSequenceClassification", "--model.args",
+        "{config: {model_type: bert, hidden_size: 8, num_hidden_layers: 1, "
+        "num_attention_heads: 2, intermediate_size: 8}}"]
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory) -> Path:
+    pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("texts")
+    lines = [f"{k % 7} of {k} things,{'pos' if k % 2 else 'neg'}" for k in range(60)]
+    (folder / "texts.csv").write_text("\n".join(["text,label", *lines]) + "\n")
+    return trained_on(folder, folder / "texts.csv", *BERT)
+
+
+def test_texts_of_digits_are_texts_as_they_are_written(texts, tmp_path, capsys):
+    written = ["123", "007", "1.50", "true", "2020-01-01"]
+    parquet = tmp_path / "wanted.parquet"
+    datasets.Dataset.from_dict({"text": written}).to_parquet(parquet)
+    wanted = [row["confidence"] for row in ask(tmp_path, texts, parquet)[0]]
+    assert len(set(wanted)) == len(wanted)
+    strings = [json.dumps({"text": text}) for text in written]
+    numbers = [*strings[:2], '{"text": 1.50}', '{"text": true}', strings[4]]
+    for name, lines, some in (
+        ("all.csv", ["text,label", "123,pos", "007,neg"], slice(2)),
+        ("all.tsv", ["text\tlabel", "123\tpos", "007\tneg"], slice(2)),
+        ("some.csv", ["text", *written], slice(5)),
+        ("truths.csv", ["text", "true"], slice(3, 4)),
+        ("strings.jsonl", strings, slice(5)),
+        ("dates.jsonl", strings[4:], slice(4, 5)),
+        ("numbers.jsonl", numbers, slice(5)),
+        ("number.jsonl", ['{"text": 123}'], slice(1)),
+        ("list.json", ["[" + ", ".join(numbers) + "]"], slice(5)),
+    ):
+        (tmp_path / name).write_text("\n".join(lines) + "\n")
+        table, _ = ask(tmp_path, texts, tmp_path / name)
+        assert [row["confidence"] for row in table] == wanted[some], name
+    # More rows than are read at a time: digits alone in the second part.
+    (tmp_path / "long.csv").write_text("\n".join(["text", *["a"] * 10_000, *["007"] * 20]) + "\n")
+    table, _ = ask(tmp_path, texts, tmp_path / "long.csv", "--batch_size", "4096")
+    assert float(table[-1]["confidence"]) == pytest.approx(float(wanted[1]), abs=1e-6)
+    capsys.readouterr()
+    datasets.Dataset.from_dict({"text": [123]}).to_parquet(parquet)
+    table, _ = ask(tmp_path, texts, parquet)
+    assert table[0]["confidence"] == wanted[0] and "read as the texts" in capsys.readouterr().err
+    # Of a folder no reader is told what is text.
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "new.csv").write_text("text\n007\n")
+    said = refusal(capsys, texts, tmp_path / "folder", "--out", tmp_path / "x.csv")
+    assert f"name the files, as '{tmp_path}/folder/*.csv'" in said
+    table, _ = ask(tmp_path, texts, tmp_path / "folder/*.csv")
+    assert table[0]["confidence"] == wanted[1]
+
+
+def test_a_list_among_numbers_costs_its_row_only(wine, tmp_path):
+    rows = ['{"acid": 1, "sugar": 2}', '{"acid": 1, "sugar": [2]}', f'{{"acid": 1{"0" * 20}, '
+            '"sugar": 2}']
+    (tmp_path / "new.jsonl").write_text("\n".join(rows) + "\n")
+    table, _ = ask(tmp_path, wine, tmp_path / "new.jsonl")
+    assert {row["row"]: row["error"] for row in table if row["error"]} == {
+        "1": "'sugar': '[2]' is no number"}
+
+
+def test_a_quote_that_is_never_closed_costs_its_line_only(wine, texts, tmp_path):
+    new = tmp_path / "new.csv"
+    lines = ["acid,sugar,kind", "1,2,red", '1,2,"red', "3,4,red", "5,6,white"]
+    new.write_text("\n".join(lines) + "\n")
+    table, _ = ask(tmp_path, wine, new)
+    errors = {row["row"]: row["error"] for row in table if row["error"]}
+    assert errors == {"1": "has a quote that is opened and never closed"}
+    assert [row["target"] for row in table if row["task"] == "kind"] == ["red", "red", "white"]
+    new.write_text('text,label\ngood,pos\n"open,neg\nmore,neg\n')
+    table, _ = ask(tmp_path, texts, new)
+    assert {row["row"]: row["error"] for row in table if row["error"]} == errors
+
+
+def test_bytes_that_are_no_text_are_named(wine, texts, tmp_path, capsys):
+    new = tmp_path / "new.csv"
+    new.write_bytes("text,label,note\ncafé,pos,\ngood,pos,é\nbad,nég,\n".encode("latin1"))
+    table, found = ask(tmp_path, texts, new)
+    [error] = [row for row in table if row["error"]]
+    assert error["row"] == "0" and "'text' is no UTF-8 text" in error["error"]
+    assert "iconv -f latin1 -t utf-8" in error["error"]
+    assert [row["target"] for row in table[:2]] == ["pos", ""]  # what is not used does not matter
+    assert "'n\ufffdg'" in capsys.readouterr().err and found["label"]
+    (tmp_path / "new.jsonl").write_bytes('{"text": "café"}\n{"text": "good"}\n'.encode("latin1"))
+    rows, _ = ask(tmp_path, texts, tmp_path / "new.jsonl")
+    assert rows[0]["confidence"] == table[0]["confidence"] and "UTF-8" in rows[1]["error"]
+    (tmp_path / "new.jsonl").write_text('{"text": "\\ud800"}\n{"text": "good"}\n')
+    assert len([row for row in ask(tmp_path, texts, tmp_path / "new.jsonl")[0]
+                if row["error"]]) == 1
+    capsys.readouterr()
+    new.write_bytes("acid,sugar,kind\n1,2,red\n".encode("utf-16"))
+    assert "is UTF-16; convert it: iconv" in refusal(capsys, wine, new, "--out", tmp_path / "x")
+    new.write_bytes("säure,sugar,kind\n1,2,red\n".encode("latin1"))
+    assert "header is no UTF-8" in refusal(capsys, wine, new, "--out", tmp_path / "x")
+
+
+def test_columns_that_stand_twice_are_refused_where_they_are_used(wine, tmp_path, capsys):
+    new = tmp_path / "new.csv"
+    for header in ("acid,acid,sugar,kind", "acid,kind,sugar,kind"):
+        new.write_text(f"{header}\n1,2,3,red\n")
+        assert f"2 columns '{header.split(',')[1]}'" in refusal(
+            capsys, wine, new, "--out", tmp_path / "x.csv")
+    new.write_text("acid,note,note,sugar\n1,8,9,2\n")
+    table, _ = ask(tmp_path, wine, new)
+    new.write_text("acid,sugar\n1,2\n")
+    assert ask(tmp_path, wine, new)[0] == table
+    # A separator at the end of each line moves no column.
+    new.write_text("acid,sugar\n1,2,\n")
+    assert ask(tmp_path, wine, new)[0] == table
+
+
+def test_a_compressed_file_that_is_cut_is_refused(wine, tmp_path, capsys):
+    content = gzip.compress(b"acid,sugar\n" + b"1,2\n3,4.5\n" * 100)
+    for given in (content[:40], b"acid,sugar\n1,2\n"):
+        (tmp_path / "new.csv.gz").write_bytes(given)
+        assert "cannot be read" in refusal(
+            capsys, wine, tmp_path / "new.csv.gz", "--out", tmp_path / "x.csv")

@@ -120,7 +120,8 @@ def export(run: Finished, to: str, file: Path, shape: list[int] | None = None) -
             raise UserError(f"{file}: cannot be written ({error.strerror or error}); choose "
                             "another --out, or make room") from error
         finally:
-            part.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # there was none, or its name cannot be
+                part.unlink()
     sizes = ", ".join(map(str, BATCH_SIZES))
     return [*in_words(about), f"largest difference from the net at {sizes} random samples: "
             f"{difference:.3g} (outputs reach {largest:.3g}, allowed {allowed:.3g})"]
@@ -291,7 +292,8 @@ def _shape(text: str | None) -> list[int] | None:
         shape = parse_yaml(text)
     except yaml.YAMLError:
         shape = None
-    if not isinstance(shape, list) or not all(isinstance(s, int) and s >= 1 for s in shape):
+    if (not isinstance(shape, list) or not shape
+            or not all(type(s) is int and s >= 1 for s in shape)):
         raise UserError(f'--shape: a list of whole numbers such as "[3, 64, 64]", got {text!r}')
     return shape
 

@@ -59,10 +59,13 @@ class Finished:
             for name, task in (self.config.get("tasks") or {}).items()
         }
         """By task."""
+        if not isinstance(self.labels, dict) or not all(
+                isinstance(names, list | dict) for names in self.labels.values()):
+            raise UserError(f"{self.folder}/labels.json: a list of labels by task is needed, as "
+                            "the run wrote it")
         if self.kinds.keys() != self.labels.keys():
             raise UserError(f"{self.folder}: config.yaml has the tasks {', '.join(self.kinds)}, "
                             f"labels.json {', '.join(self.labels)}; both belong to one run")
-
         self._check_labels()
 
     def _check_labels(self) -> None:

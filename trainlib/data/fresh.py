@@ -75,10 +75,11 @@ def read_rows(
         UserError: the source cannot be read, or a column is missing.
     """
     if any(task.kind == "language_modeling" for task in tasks.values()):
-        part, info = language_part(options, tasks, which)
+        notes: list[str] = []
+        part, info = language_part(options, tasks, which, notes)
         split = Split(None, {}, torch.from_numpy(part.rows), part.decode, part.target_decoders, 0,
                       num_valid=part.num_valid)
-        return Fresh(split, info, len(part.rows))
+        return Fresh(split, info, len(part.rows), notes=notes)
     if options.source in builtin.TABLES:
         table = builtin.TABLES[options.source]()
         count = len(next(iter(table.columns.values())).values)
@@ -95,16 +96,15 @@ def read_rows(
 def _read_table(
     options: DataOptions, tasks: Mapping[str, TaskOptions], known: Known, which: str | None
 ) -> Fresh:
-    unread: dict[int, str] = {}
+    unread, notes = {}, []
     by_rule = which in RULES
     if by_rule:
         tables = _open_tables(options)
         where, table = tables[0] if which == "train" else tables[-1]
     else:
-        where, table, unread = only_table(options, which)
+        where, table, unread = only_table(options, tasks, which, notes)
     if not len(table):
         raise UserError(f"{where}: has no rows")
-    notes: list[str] = []
     kinds = kinds_of(table)
     columns = [column for task in tasks.values() for column in columns_of(task)]
     given = [options.input] if isinstance(options.input, str) else options.input

@@ -22,7 +22,7 @@ from trainlib.data.language import (
 )
 from trainlib.data.options import DataOptions
 from trainlib.data.parts import Part
-from trainlib.data.rough import read_rough
+from trainlib.data.rough import Used, only_unicode, read_rough
 from trainlib.data.sources import _open_tables
 from trainlib.data.targets import TargetInfo, columns_of
 from trainlib.data.text import PaddedTexts, default_cache, tokenize
@@ -47,10 +47,15 @@ class Known(NamedTuple):
 
 
 def only_table(
-    options: DataOptions, which: str | None
+    options: DataOptions, tasks: Mapping[str, TaskOptions], which: str | None, notes: list[str]
 ) -> tuple[str, datasets.Dataset, dict[int, str]]:
-    column = options.input if isinstance(options.input, str) else (options.input or ["image"])[0]
-    tables, unread = read_rough(options, column)
+    """What a source is, its table, and the rows that are unread already, with why."""
+    targets = [column for task in tasks.values() for column in columns_of(task)]
+    inputs = [options.input] if isinstance(options.input, str) else options.input or []
+    if any(task.kind == "language_modeling" for task in tasks.values()):
+        inputs, targets = targets, []
+    used = Used(inputs, targets, options.tokenizer is not None)
+    tables, unread = read_rough(options, used)
     if which is None and len(tables) > 1:
         raise UserError(f"{options.source} has the splits {', '.join(tables)}; choose one with "
                         "--split")
@@ -58,11 +63,30 @@ def only_table(
         raise UserError(f"--split: no split {which!r} in {options.source}{nearest(which, tables)}")
     name = which or next(iter(tables))
     where = options.source if len(tables) == 1 else f"{options.source}, {name} split"
-    return where, tables[name], unread
+    table = only_unicode(tables[name], inputs, targets, unread)
+    kinds = kinds_of(table)
+    for column in inputs if used.is_text else []:
+        if kinds.get(column) == INTEGER:
+            if table.info.builder_name in ("csv", "json"):  # of a folder
+                raise UserError(f"{where}: {column!r} was read as numbers, so zeros in front are "
+                                f"lost; name the files, as '{options.source}/*.csv'")
+            table = _as_text(table, column)
+            notes.append(f"{column!r} holds integers, read as the texts of them")
+    return where, table, unread
+
+
+def _as_text(table: datasets.Dataset, column: str) -> datasets.Dataset:
+    """A table whose column of integers is one of texts."""
+    import datasets
+    import pyarrow
+
+    return datasets.Dataset(pyarrow.table({
+        name: read_column(table, name).cast("string") if name == column
+        else read_column(table, name) for name in table.column_names}))
 
 
 def language_part(
-    options: DataOptions, tasks: Mapping[str, TaskOptions], which: str | None
+    options: DataOptions, tasks: Mapping[str, TaskOptions], which: str | None, notes: list[str]
 ) -> tuple[Part, dict[str, TargetInfo]]:
     [(name, task)] = tasks.items()
     if options.source in builtin.TEXTS:
@@ -79,8 +103,12 @@ def language_part(
         tables = _open_tables(options)
         parts = split_language_tables(options, tables, kinds_of(tables[0][1]), tasks)
     else:
-        where, table, _ = only_table(options, which)
+        where, table, unread = only_table(options, tasks, which, notes)
         column = columns_of(task)[0]
+        if unread:
+            notes.append(f"{len(unread):,} texts cannot be read and are left out; the first, row "
+                         f"{min(unread)}: {unread[min(unread)]}")
+            table = table.select(np.setdiff1d(np.arange(len(table)), list(unread)))
         if kinds_of(table).get(column) != TEXT:
             raise UserError(f"{where}: has no column {column!r} of text"
                             f"{nearest(column, table.column_names)}")
@@ -103,8 +131,8 @@ def input_decoder(
         if kind != TEXT:
             raise UserError(f"{where}: {first!r} holds {kind} values, in training text")
         is_missing = np.asarray(read_column(table, first).is_null())
-        unread |= {int(row): f"{first!r}: the text is missing"
-                   for row in np.flatnonzero(is_missing)}
+        for row in np.flatnonzero(is_missing).tolist():
+            unread.setdefault(row, f"{first!r}: the text is missing")
         tokens = tokenize(lambda: _texts(table, first), _tokenizer(options, add_special=True),
                           where, False, default_cache())
         lengths = np.diff(tokens.ends, prepend=0)

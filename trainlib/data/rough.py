@@ -2,55 +2,105 @@
 
 from __future__ import annotations
 
-import csv
 import glob
-import gzip
-import json
 import os
-from collections.abc import Iterator
+import zlib
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trainlib.config import UserError
+from trainlib.data.fresh_lines import as_utf8, check_header, is_nothing, read_lines
 from trainlib.data.options import DataOptions
-from trainlib.data.tables import _IMAGES, _ending, read_tables
+from trainlib.data.tables import _IMAGES, _ending, _files_to_read, read_tables
 
 if TYPE_CHECKING:
     import datasets
 
-_NOTHING = {"", "nan", "NaN", "NA", "N/A", "n/a", "null", "NULL", "None", "<NA>", "#N/A"}
-_LINES = (".csv", ".tsv", ".json", ".jsonl")
+_SEPARATED = (".csv", ".tsv")
+_LINES = (*_SEPARATED, ".json", ".jsonl")
+_BROKEN = (OSError, EOFError, zlib.error)  # of a file that is compressed
+
+
+class Used(NamedTuple):
+    """The columns that are read."""
+
+    inputs: list[str]
+    targets: list[str]
+    is_text: bool
+    """Whether the inputs are text."""
 
 
 def read_rough(
-    options: DataOptions, image_column: str
+    options: DataOptions, used: Used
 ) -> tuple[dict[str, datasets.Dataset], dict[int, str]]:
     """The tables of a source, and the rows of its only one that are none, with why.
 
-    Args:
-        image_column: the name that the column of loose images is given.
+    Loose images are a column named as the first input.
 
     Raises:
         UserError: it cannot be read at all.
     """
-    source = options.source
+    source, texts = options.source, used.inputs if used.is_text else []
     images = _loose_images(source)
     if images:
-        return {"train": _table_of_images(images, image_column)}, {}
-    try:
-        return read_tables(source, options, "DATA"), {}
-    except UserError as error:
-        if _ending(source) not in _LINES or "cannot be read" not in str(error):
-            raise
+        return {"train": _table_of_images(images, (used.inputs or ["image"])[0])}, {}
+    files = []
+    if _ending(source) in _LINES:
         files = [source] if Path(source).is_file() else sorted(glob.glob(source, recursive=True))
-        rows, unread = [], {}
-        for row, (content, why) in enumerate(_lines(files)):
+    try:
+        is_misread = any([check_header(file, used.inputs, used.targets) for file in files])
+        if not is_misread:
+            tables = read_tables(source, options, "DATA")
+            if not files or _is_as_written(tables["train"], used):
+                return tables, {}
+            if texts and _ending(source) in _SEPARATED:
+                return _read_texts(source, texts), {}
+        refused = None
+    except _BROKEN as error:
+        refused = UserError(f"DATA: {source} cannot be read: {error}")
+    except UserError as error:
+        if not files or "cannot be read" not in str(error):
+            raise
+        refused = error
+    rows, unread = [], {}
+    try:
+        for row, (content, why) in enumerate(read_lines(files, used.inputs, texts)):
             rows.append(content)
             if why:
                 unread[row] = why
-        if len(unread) == len(rows):
-            raise
-        return {"train": _table_of(rows)}, unread
+    except _BROKEN as error:
+        raise refused or UserError(f"DATA: {source} cannot be read: {error}") from error
+    if len(unread) == len(rows):
+        first = min(unread, default=None)
+        raise UserError(f"DATA: {source}: none of {len(rows):,} rows can be read" + (
+            "" if first is None else f"; row {first}: {unread[first]}")) from refused
+    return {"train": _table_of(rows)}, unread
+
+
+def _is_as_written(table: datasets.Dataset, used: Used) -> bool:
+    """Whether the reader of clean files took no value for something else."""
+    for name, feature in table.features.items():
+        if name in used.inputs and used.is_text:
+            # Of digits numbers are made, of dates times, and of several types JSON.
+            if getattr(feature, "dtype", None) not in ("string", "large_string"):
+                return False
+            if table.info.builder_name == "csv":  # block by block
+                return False
+        elif name in [*used.inputs, *used.targets] and type(feature).__name__ == "Json":
+            return False
+    return True
+
+
+def _read_texts(source: str, texts: list[str]) -> dict[str, datasets.Dataset]:
+    """A csv whose columns of text are taken as they are written."""
+    import datasets
+
+    read = dict.fromkeys(texts, _text)
+    return dict(datasets.load_dataset(**_files_to_read(source), converters=read))
+
+
+def _text(field: str) -> str | None:
+    return None if is_nothing(field) else field
 
 
 def _loose_images(source: str) -> list[str]:
@@ -64,7 +114,29 @@ def _loose_images(source: str) -> list[str]:
         files = [source]
     else:
         files = sorted(glob.glob(source, recursive=True))
+    images = _images(files)
+    if images and path.is_dir():
+        _refuse_folders_beside(path, images)
+    if not files and glob.has_magic(source) and _images([source]):
+        raise UserError(f"DATA: no file matches {source}")
+    return images
+
+
+def _images(files: list[str]) -> list[str]:
     return [file for file in files if Path(file).suffix.lower() in _IMAGES]
+
+
+def _refuse_folders_beside(folder: Path, images: list[str]) -> None:
+    """Refuses loose images beside folders of images, of which one would go unseen."""
+    inside = _images(glob.glob("*/**/*", root_dir=folder, recursive=True))
+    if inside:
+        names = list(dict.fromkeys(Path(file).parts[0] for file in sorted(inside)))
+        shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+        raise UserError(
+            f"DATA: {folder} holds {len(images):,} loose images (the first is "
+            f"{Path(images[0]).name}) and {len(inside):,} in folders ({shown}); name one of the "
+            f"folders, or a glob such as '{folder}/*{Path(images[0]).suffix}', or move the loose "
+            "images into a folder")
 
 
 def _table_of_images(files: list[str], column: str) -> datasets.Dataset:
@@ -73,42 +145,6 @@ def _table_of_images(files: list[str], column: str) -> datasets.Dataset:
     feature = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
     return datasets.Dataset.from_dict({column: [{"bytes": None, "path": file} for file in files]},
                                       datasets.Features({column: feature}))
-
-
-def _lines(files: list[str]) -> Iterator[tuple[dict[str, Any], str | None]]:
-    """Each row, and what is wrong with it."""
-    for file in files:
-        opened = gzip.open if file.endswith(".gz") else open
-        with opened(file, "rt", encoding="utf-8-sig", errors="replace", newline="") as lines:
-            if _ending(file) in (".csv", ".tsv"):
-                yield from _fields(lines, "\t" if _ending(file) == ".tsv" else ",")
-            else:
-                yield from _objects(lines)
-
-
-def _fields(lines: IO[str], separator: str) -> Iterator[tuple[dict[str, Any], str | None]]:
-    csv.field_size_limit(2**31 - 1)  # a text may be longer than the 128 KiB of the default
-    reader = csv.reader(lines, delimiter=separator)
-    names = next(reader, [])
-    for fields in reader:
-        if not fields:
-            continue
-        why = None if len(fields) == len(names) else (
-            f"has {len(fields)} fields, the header {len(names)}")
-        values = (None if field in _NOTHING else field for field in fields)
-        yield dict(zip(names, values, strict=False)), why
-
-
-def _objects(lines: IO[str]) -> Iterator[tuple[dict[str, Any], str | None]]:
-    for line in lines:
-        if not line.strip():
-            continue
-        try:
-            found = json.loads(line)
-        except ValueError as error:
-            yield {}, f"is no JSON ({error})"
-            continue
-        yield (found, None) if isinstance(found, dict) else ({}, "is no JSON object")
 
 
 def _table_of(rows: list[dict[str, Any]]) -> datasets.Dataset:
@@ -121,12 +157,44 @@ def _table_of(rows: list[dict[str, Any]]) -> datasets.Dataset:
         values = [row.get(name) for row in rows]
         try:
             columns[name] = pyarrow.array(values)
-        except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError):
-            lists = any(isinstance(value, list) for value in values)
+        except (pyarrow.ArrowException, OverflowError):
+            there = [isinstance(value, list) for value in values if value is not None]
+            lists = 2 * sum(there) > len(there)  # what the most rows have is meant
             columns[name] = pyarrow.array([
                 (value if isinstance(value, list) else None) if lists
                 else None if value is None else str(value) for value in values])
     return datasets.Dataset(pyarrow.table(columns))
+
+
+def only_unicode(
+    table: datasets.Dataset, inputs: list[str], targets: list[str], unread: dict[int, str]
+) -> datasets.Dataset:
+    """A table without bytes that are no UTF-8 where text should be; rows of inputs are unread."""
+    import datasets
+    import pyarrow
+
+    from trainlib.data.columns import TEXT, kinds_of, read_column
+
+    kinds, mended = kinds_of(table), {}
+    for name in [*inputs, *targets]:
+        if kinds.get(name) != TEXT:
+            continue
+        column = read_column(table, name)
+        try:
+            column.validate(full=True)
+        except pyarrow.ArrowInvalid:
+            held = column.cast("large_binary").to_pylist()
+            texts = [value and value.decode("utf-8", "surrogateescape") for value in held]
+            clean = [as_utf8(text) for text in texts]
+            mended[name] = pyarrow.array(clean, pyarrow.large_string())
+            for row in range(len(clean) if name in inputs else 0):
+                if clean[row] != texts[row]:
+                    unread.setdefault(row, f"{name!r} is no UTF-8 text; convert it")
+    if not mended:
+        return table
+    return datasets.Dataset(pyarrow.table({
+        name: mended[name] if name in mended else read_column(table, name)
+        for name in table.column_names if name in (*inputs, *targets)}))
 
 
 def image_files(table: datasets.Dataset, column: str) -> list[str] | None:
