@@ -41,6 +41,41 @@ def in_both() -> datasets.DatasetDict:
     return datasets.DatasetDict(train=_dataset(train), validation=_dataset(other))
 
 
+def few_rows() -> datasets.Dataset:
+    """500 rows of three columns with few values, so that most inputs come several times."""
+    random = np.random.default_rng(0)
+    columns = {f"x{i}": random.integers(0, 4, 500).astype(float) for i in range(3)}
+    score = columns["x0"] + columns["x1"] + random.normal(size=500)
+    return _dataset(columns | {"target": (score > 3).astype(int)})
+
+
+def some_repeated() -> datasets.DatasetDict:
+    """Some training rows stand there twice, and far more validation rows are shared."""
+    train, other = _table(800), _table(100, seed=1)
+    train = {k: np.concatenate([v, v[:20]]) for k, v in train.items()}
+    other = {k: np.concatenate([v[:70], train[k][300:330]]) for k, v in other.items()}
+    return datasets.DatasetDict(train=_dataset(train), validation=_dataset(other))
+
+
+def few_shared() -> datasets.DatasetDict:
+    """Two validation rows are shared, of so few that it is more than 1 %."""
+    train, other = _table(800), _table(30, seed=1)
+    other = {k: np.concatenate([v, train[k][17:19]]) for k, v in other.items()}
+    return datasets.DatasetDict(train=_dataset(train), validation=_dataset(other))
+
+
+def leak_of_two_percent() -> datasets.DatasetDict:
+    train, other = _table(3000), _table(500, seed=1)
+    other = {k: np.concatenate([v[:488], train[k][17:29]]) for k, v in other.items()}
+    return datasets.DatasetDict(train=_dataset(train), validation=_dataset(other))
+
+
+def class_in_training_only() -> datasets.DatasetDict:
+    train, other = _table(800), _table(100, seed=1)
+    other["target"] = np.where(other["target"] == 3, 2, other["target"])
+    return datasets.DatasetDict(train=_dataset(train), validation=_dataset(other))
+
+
 def unbalanced() -> datasets.Dataset:
     table = _table(3000)
     return _dataset(table | {"target": (table["x0"] > 2.2).astype(int)})

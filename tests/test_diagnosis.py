@@ -75,10 +75,11 @@ def test_nothing_is_found_in_a_healthy_recipe(diagnosed, recipe):
     ["--data.augment.mixup", "0.4", "--tasks", "{digit: {loss_args: {label_smoothing: 0.1}}}"],
     job("unbalanced", "--tasks", "{target: {loss: focal}}"),
     labels("Positive"), ["--tasks.digit.loss", f"{PLANTED}:tiny_loss"],
-    job("sound", "--model.args.hidden", "[]"),
+    job("sound", "--model.args.hidden", "[]"), job("few_rows"), job("few_shared"),
     ["--recipe", f"{ROOT}/recipes/diabetes_regression.yaml", "--model.args.hidden", "[]"],
 ], ids=["table", "own net", "zeros", "sgd", "auto size", "auto rate", "smoothed", "handled",
-        "positive", "tiny loss", "linear", "linear regression"])
+        "positive", "tiny loss", "linear", "few rows", "few shared",
+        "linear regression"])
 def test_nothing_is_found_in_a_sound_job(diagnosed, flags):
     assert diagnosed(*flags).findings == []
 
@@ -102,6 +103,9 @@ def test_nothing_is_found_in_a_sound_job(diagnosed, flags):
     ("dead units", net("Dead")), ("dead units", net("DeadFunction")),
     ("wrong output size", ["--model.args.classes", "7"]),
     ("samples in both splits", job("in_both")),
+    ("samples in both splits", job("some_repeated")),
+    ("samples in both splits", job("leak_of_two_percent")),
+    ("class without validation samples", job("class_in_training_only")),
     ("frozen by mistake", net("Frozen")),
     ("frozen by mistake", ["--model.freeze", "[1.*]"]),
     ("unreached parameters", net("Unused")),
