@@ -201,6 +201,20 @@ class Failing(Net):
         raise RuntimeError("no such shape")
 
 
+class Normed(Net):
+    def plant(self):
+        self.active = nn.Sequential(nn.BatchNorm1d(64), nn.ReLU())
+
+
+class Stepless(torch.optim.SGD):
+    """Its second step raises."""
+
+    def step(self, closure=None):
+        if any(self.state.values()):
+            raise RuntimeError("no such state")
+        self.state[self.param_groups[0]["params"][0]]["seen"] = torch.ones(())
+
+
 class Deep(nn.Module):
     """Of so many sigmoids that the first layers learn nothing."""
 

@@ -124,6 +124,9 @@ def test_nothing_is_found_in_a_sound_job(diagnosed, flags):
     ("non-finite output", net("Infinite")),
     ("does not learn", net("Detached")),
     ("model fails", net("Failing")),
+    ("optimizer fails", job("sound", "--optim.name", f"{PLANTED}:Stepless")),
+    ("model fails", net("Normed", "--batch.micro_size", "1")),
+    ("model fails", net("Normed", "--batch.micro_size", "9")),
 ])
 def test_a_planted_fault_is_named(diagnosed, name, flags):
     report = diagnosed(*flags)
@@ -156,6 +159,53 @@ def test_data_slower_than_the_step_are_found(diagnosed, monkeypatch):
     [finding] = diagnosed(*flags).findings
     assert finding.name == "slow data" and "--data.in_memory true" in finding.advice
     assert diagnosed().findings == []
+
+
+class Clock:
+    """Seconds that pass for samples alone."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def pass_in(self, owner, name: str, seconds: float, monkeypatch) -> None:
+        """Has each call of a method take so long for each sample of its last argument."""
+        method = getattr(owner, name)
+
+        def slow(*args):
+            self.now += seconds * len(args[-1])
+            return method(*args)
+
+        monkeypatch.setattr(owner, name, slow)
+
+
+@pytest.mark.parametrize("reading, forward", [(0.05, 0), (0.5, 0), (0, 0.02), (0.02, 0.2)])
+@pytest.mark.parametrize("size", [8, 400])
+def test_a_slow_job_is_asked_for_less(diagnosed, monkeypatch, reading, forward, size):
+    clock = Clock()
+    clock.pass_in(Rows, "read", reading, monkeypatch)
+    clock.pass_in(torch.nn.Linear, "forward", forward / 2, monkeypatch)  # there are two of them
+    monkeypatch.setattr(time, "perf_counter", clock)
+    report = diagnosed("--data.in_memory", "false", "--data.workers", "0",
+                       *net("Net", "--batch.global_size", "400", "--batch.micro_size", str(size)))
+    assert report.spent < 1.25 * diagnosis.BUDGET_SECONDS
+    assert report.names <= {"slow data"}, report.findings
+    cut = " ".join(report.cut_short)
+    if reading:
+        assert "samples in both splits" in cut
+    if size == 400:
+        assert "micro-batches: of" in cut and "and not of 400" in cut
+    if max(reading, forward) > 0.05:
+        assert "held-out samples" in cut
+
+
+def test_what_to_do_for_a_batch_norm_of_one_sample_is_said(diagnosed):
+    for size in (1, 9):  # of 64
+        [finding] = diagnosed(*net("Normed", "--batch.micro_size", str(size))).findings
+        assert "Expected more than 1 value per channel" in finding.found
+        assert "set --batch.micro_size to 2 or more" in finding.advice
+    assert diagnosed(*net("Normed", "--batch.micro_size", "2")).findings == []
 
 
 def test_two_diagnoses_say_the_same(diagnosed):

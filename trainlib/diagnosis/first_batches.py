@@ -4,6 +4,7 @@ outputs, the initial loss, the inputs as the first layer has them, and units tha
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ from trainlib.diagnosis.outputs import (
     judge_squashed,
     squashed_items,
 )
+from trainlib.diagnosis.pace import FORWARD_SECONDS, GROWTH
 from trainlib.memory import is_out_of_memory
 from trainlib.user_code import describe_error
 
@@ -39,6 +41,7 @@ _RELU = {
     functional.relu, functional.relu_, functional.relu6, functional.threshold, torch.relu,
     torch.relu_, Tensor.relu, Tensor.relu_,
 }
+_TRIED_STEPS = 2  # an optimizer's second one may differ from its first
 _SHOWN_OUTPUTS = 2**16  # of a sample: pixels or tokens, times classes
 
 
@@ -50,6 +53,7 @@ def check_fit(job: Job, batch: Batch, report: Report) -> bool:
         job.module.eval()
         with torch.no_grad():
             output = job.module(inputs, **job.arguments(targets))
+            _measure(job, batch)
     except Exception as error:  # whatever a net of the user's own raises
         _raise_if_memory(error)
         report.error("model fails", f"the net cannot take inputs of shape {tuple(inputs.shape)}: "
@@ -68,16 +72,64 @@ def check_fit(job: Job, batch: Batch, report: Report) -> bool:
                 f"have the net give {task.num_outputs} numbers for {task.name!r}: leave the number "
                 "of outputs out of --model.args, where the data fill it in, or mend the last layer")
             return False
-    try:
-        with job.untouched():
-            job.seed(0)
-            job.loss(batch.inputs, batch.targets, [batch.samples]).backward()
-    except Exception as error:  # whatever a net or a loss of the user's own raises
-        _raise_if_memory(error)
-        report.error("model fails", "a step of training raises: " + describe_error(error),
-                     "mend the net or the loss")
-        return False
+    return _check_step(job, batch, report)
+
+
+def _measure(job: Job, batch: Batch) -> None:
+    """How long a forward takes for a sample: of so many as can be afforded, growing from two."""
+    size, wanted = 2, len(batch.samples)
+    while True:
+        part = batch.first(size)
+        began = time.perf_counter()
+        job.module(part.inputs, **job.arguments(part.targets))
+        if job.device.type == "cuda":
+            torch.cuda.synchronize(job.device)
+        seconds = time.perf_counter() - began
+        job.pace.forward = seconds / len(part.samples)
+        if size >= wanted or GROWTH * seconds > FORWARD_SECONDS:
+            return
+        size *= GROWTH
+
+
+def _check_step(job: Job, batch: Batch, report: Report) -> bool:
+    """Whether steps of training go through, of a smallest micro-batch, too."""
+    usual, is_whole = min(job.micro_size, len(batch.samples)), job.micro_size == job.wanted_size
+    smallest = min(usual, job.options.batch.smallest_micro_batch) if is_whole else usual
+    for size in sorted({smallest, usual}):
+        part, is_the_net = batch.first(size), True
+        try:
+            with job.untouched():
+                for number in range(_TRIED_STEPS):
+                    is_the_net = True
+                    job.seed(number)
+                    job.loss(part.inputs, part.targets, [part.samples]).backward()
+                    is_the_net = False
+                    job.update(1.0)
+        except Exception as error:  # whatever code of the user's own raises
+            _raise_if_memory(error)
+            _report_step(job, size, error, is_the_net, report)
+            return False
     return True
+
+
+def _report_step(
+    job: Job, size: int, error: Exception, is_the_net: bool, report: Report
+) -> None:
+    said = describe_error(error)
+    if not is_the_net:
+        report.error(
+            "optimizer fails", f"a step of {job.options.optim.name} raises: {said}",
+            "mend --optim.args, choose another --optim.name, or mend the optimizer, if it is your "
+            "own")
+    elif size == 1 and "more than 1 value per channel" in said:
+        report.error(
+            "model fails", f"a step of training on a micro-batch of one sample raises: {said}",
+            "set --batch.micro_size to 2 or more, such that --batch.global_size "
+            f"({job.options.batch.global_size}) divided by it leaves no rest of 1: BatchNorm has "
+            "no statistics of one sample")
+    else:
+        report.error("model fails", f"a step of training raises: {said}",
+                     "mend the net or the loss")
 
 
 def _raise_if_memory(error: Exception) -> None:

@@ -40,7 +40,7 @@ def check_held_out(
         constants: by task, the best constant output.
         may_judge: else only the time is measured.
     """
-    held_out = _held_out(job)
+    held_out = _held_out(job, report)
     total = _LOOKS[-1] if may_judge else _TIMED_STEPS + 2
     attempt = _attempt(job, held_out, constants, total, may_judge, 1.0, deadline)
     _judge_time(job, attempt.waits, attempt.works, report)
@@ -170,13 +170,17 @@ def _train(job: Job, total: int, factor: float) -> Iterator[tuple[float, float, 
         yield waited, time.perf_counter() - began - waited, lost
 
 
-def _held_out(job: Job) -> list[Batch]:
-    """Validation samples, evenly spread."""
+def _held_out(job: Job, report: Report) -> list[Batch]:
+    """Validation samples, evenly spread, as many as there is time for."""
     split = job.dataset.validation
     inputs, _ = split.read(np.arange(1))
     most = max(job.options.batch.micro_size if job.options.batch.micro_size != "auto" else 1,
                min(_HELD_OUT, _HELD_OUT_BYTES // max(1, 4 * inputs.numel())))
-    chosen = np.unique(np.linspace(0, len(split) - 1, min(most, len(split))).round().astype(int))
+    wanted = min(most, len(split))
+    most = job.pace.held_out(wanted)
+    if most < wanted:
+        report.cut(f"held-out samples: {most} of {wanted}")
+    chosen = np.unique(np.linspace(0, len(split) - 1, most).round().astype(int))
     size = max(1, min(job.options.batch.eval_size, len(chosen)))
     lists = [chosen[start : start + size] for start in range(0, len(chosen), size)]
     batches = split.batches(lists, job.device)
@@ -220,7 +224,7 @@ def _judge_time(job: Job, waits: list[float], works: list[float], report: Report
                 "net and the optimizer")
     if wait > _SLOW_FACTOR * work and wait > _SLOW_SECONDS:
         split = job.dataset.train
-        more = max(1, round(2 * max(1, split.workers) * wait / work))
+        more = max(1, round(2 * max(1, split.workers) * wait / max(work, 1e-6)))
         report.warning(
             "slow data", f"a step waits {1000 * wait:.1f} ms for its data and works "
             f"{1000 * work:.1f} ms",

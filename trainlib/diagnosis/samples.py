@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from trainlib import plan
 from trainlib.diagnosis.findings import Deadline, Report, some
 from trainlib.diagnosis.job import Job
+from trainlib.diagnosis.pace import GROWTH
 from trainlib.losses import IGNORED
 
 if TYPE_CHECKING:
@@ -25,7 +27,7 @@ _KEPT_TARGETS, _KEPT_BYTES = 4096, 2**26
 _MOST_ENTRIES = 2 * 10**7  # of targets that are counted, besides those that were read
 _SHARED_SHARE = 0.01  # of the samples: what is above it is no accident
 _FEWEST_SHARED, _SHARED_ERRORS = 3, 3.0  # validation samples; standard errors above repetition
-_FEW_INPUTS = 0.5  # of the training samples: where more repeat others, their columns have few values
+_FEW_INPUTS = 0.5  # of the training samples: where more repeat others, columns have few values
 _RATIO, _MAJORITY = 50, 0.95  # of the most frequent class to the rarest; of the most frequent
 _HANDLED = ("class_weights", "pos_weight", "alpha")
 
@@ -42,28 +44,37 @@ class Sample:
     targets: dict[str, Tensor] = field(default_factory=dict)
     """As tasks are given them, of the first."""
     is_whole: bool = False
+    seconds: float = 0.0
+    """For each sample."""
 
 
 def read_sample(split: Split, deadline: Deadline) -> Sample:
-    """As many samples as there is time for, at least one chunk."""
-    total = len(split)
+    """As many samples as there is time for, at least one."""
+    total, began = len(split), time.perf_counter()
     order = plan.samples_of(np.arange(total), total, seed=0)
     inputs, targets = split.read(order[:1])
     size = sum(t.nbytes for t in (inputs, *targets.values()))
-    chunk = max(1, min(1024, _CHUNK_BYTES // max(1, size)))
-    most = max(chunk, min(_KEPT_TARGETS, _KEPT_BYTES // max(1, size)))
-    sample, kept = Sample(), []
-    for start in range(0, total, chunk):
-        if start and deadline.is_over:
-            break
-        chosen = order[start : start + chunk]
+    largest = max(1, min(1024, _CHUNK_BYTES // max(1, size)))
+    most = max(largest, min(_KEPT_TARGETS, _KEPT_BYTES // max(1, size)))
+    sample, kept, start, chunk = Sample(), [], 0, 1
+    while start < total and (not start or not deadline.is_over):
+        chosen, asked = order[start : start + chunk], time.perf_counter()
         inputs, targets = split.read(chosen)
+        sample.seconds = (time.perf_counter() - asked) / len(chosen)
         sample.rows += split.rows[torch.from_numpy(chosen)].tolist()
         sample.digests += _digests([inputs])
         sample.answers += _digests([targets[name] for name in sorted(targets)])
         if start < most:
             kept.append(split.task_targets(targets))
+        start += len(chosen)
+        affordable = int(max(0.0, deadline.left) / max(sample.seconds, 1e-9))
+        chunk = max(1, min(largest, GROWTH * chunk, affordable))
+    sample.seconds = min(sample.seconds, (time.perf_counter() - began) / start)
     sample.targets = {name: torch.cat([one[name] for one in kept]) for name in kept[0]}
+    # What is in memory costs nothing, and a few targets say little of how large they are.
+    first = torch.from_numpy(order[:most])
+    sample.targets |= split.task_targets({name: stored[first.to(stored.device)]
+                                          for name, stored in split.targets.items()})
     sample.is_whole = len(sample.rows) == total
     return sample
 
