@@ -76,6 +76,37 @@ def class_in_training_only() -> datasets.DatasetDict:
     return datasets.DatasetDict(train=_dataset(train), validation=_dataset(other))
 
 
+def noisy_numbers() -> datasets.Dataset:
+    """Of which a linear net can learn a third."""
+    table, random = _table(3000), np.random.default_rng(2)
+    target = table["x0"] - table["x1"] + 2 * random.normal(size=3000)
+    return _dataset(table | {"target": target})
+
+
+def heavy_targets() -> datasets.Dataset:
+    """Of which the first micro-batches have a twentieth of the variance of all."""
+    table, random = _table(6000, seed=1), np.random.default_rng(1)
+    logarithm = 1.4 * (table["x0"] + table["x1"]) + 0.3 * random.normal(size=6000)
+    return _dataset(table | {"target": np.exp(logarithm)})
+
+
+def heavy_inputs() -> datasets.Dataset:
+    table = _table(3000)
+    return _dataset({k: np.exp(2 * v) if k in COLUMNS else v for k, v in table.items()})
+
+
+def heavy_shuffled() -> datasets.Dataset:
+    table = _table(3000)
+    target = np.exp(2 * np.random.default_rng(1).normal(size=3000))
+    return _dataset(table | {"target": target})
+
+
+def ten_classes() -> datasets.Dataset:
+    table = _table(3000)
+    angle = np.arctan2(table["x0"], table["x1"]) / (2 * np.pi) + 0.5
+    return _dataset(table | {"target": np.minimum(9, (10 * angle).astype(int))})
+
+
 def unbalanced() -> datasets.Dataset:
     table = _table(3000)
     return _dataset(table | {"target": (table["x0"] > 2.2).astype(int)})

@@ -2,7 +2,9 @@
 
 import copy
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +17,8 @@ from train import TrainOptions
 from trainlib import config, diagnosis, models
 from trainlib.data.workers import Rows
 from trainlib.diagnosis.findings import Report
+from trainlib.diagnosis.first_batches import Columns, judge_inputs
+from trainlib.diagnosis.held_out import Attempt, rank_score
 from trainlib.diagnosis.page import page
 from trainlib.diagnosis.parameters import parameter_rows
 
@@ -22,6 +26,7 @@ PLANTED = str(Path(__file__).with_name("planted.py"))
 HEALTHY = [recipe for recipe in recipes()
            if "builtin:" in recipe.read_text() and "\ndistill:" not in recipe.read_text()]
 SMALL = ["--batch.global_size", "64", "--loop.duration", "20 epochs"]
+NUMBERS = ["--tasks", "{target: {kind: regression}}"]
 
 
 @pytest.fixture
@@ -76,9 +81,13 @@ def test_nothing_is_found_in_a_healthy_recipe(diagnosed, recipe):
     job("unbalanced", "--tasks", "{target: {loss: focal}}"),
     labels("Positive"), ["--tasks.digit.loss", f"{PLANTED}:tiny_loss"],
     job("sound", "--model.args.hidden", "[]"), job("few_rows"), job("few_shared"),
+    job("ten_classes", "--model.args.hidden", "[2]"), ["--model.args.hidden", "[2]"],
+    job("noisy_numbers", *NUMBERS, "--model.args.hidden", "[]"),
+    job("heavy_targets", *NUMBERS), job("heavy_inputs"),
     ["--recipe", f"{ROOT}/recipes/diabetes_regression.yaml", "--model.args.hidden", "[]"],
 ], ids=["table", "own net", "zeros", "sgd", "auto size", "auto rate", "smoothed", "handled",
         "positive", "tiny loss", "linear", "few rows", "few shared",
+        "two units", "digits by two units", "noise", "heavy targets", "heavy inputs",
         "linear regression"])
 def test_nothing_is_found_in_a_sound_job(diagnosed, flags):
     assert diagnosed(*flags).findings == []
@@ -88,6 +97,13 @@ def test_nothing_is_found_in_a_sound_job(diagnosed, flags):
     ("targets do not follow", job("shuffled")),
     ("targets do not follow", job("shuffled_numbers", "--tasks",
                                   "{target: {kind: regression, loss: l1}}")),
+    ("targets do not follow", job("heavy_shuffled", *NUMBERS)),
+    ("weight decay too high", ["--optim.weight_decay", "100"]),
+    ("weight decay too high", job("sound", "--optim.weight_decay", "100")),
+    ("weight decay too high", job("sound", "--optim.name", "sgd", "--optim.lr", "0.1",
+                                  "--optim.weight_decay", "1")),
+    ("weight decay too high", ["--optim.name", "sgd", "--optim.lr", "0.1",
+                               "--optim.weight_decay", "1"]),
     ("inputs not normalised", ["--recipe", f"{ROOT}/recipes/diabetes_regression.yaml",
                                "--data.normalize", "false"]),
     ("inputs not normalised", net("Unscaled")),
@@ -206,6 +222,36 @@ def test_what_to_do_for_a_batch_norm_of_one_sample_is_said(diagnosed):
         assert "Expected more than 1 value per channel" in finding.found
         assert "set --batch.micro_size to 2 or more" in finding.advice
     assert diagnosed(*net("Normed", "--batch.micro_size", "2")).findings == []
+
+
+def test_a_heavy_tail_is_no_column_that_dominates():
+    random = torch.Generator().manual_seed(0)
+    inputs = torch.randn(512, 4, generator=random)
+    net, found = torch.nn.Linear(4, 2), []
+    for scale in (torch.ones(512), 20 * torch.ones(512), 400 * (torch.arange(512) == 7)):
+        columns = Columns()
+        with columns.seen_by(torch.nn.Sequential(net)), torch.no_grad():
+            net(inputs * torch.stack([scale, *torch.ones(3, 512)], 1))
+        report = Report(1.0)
+        judge_inputs(SimpleNamespace(dataset=SimpleNamespace(inputs=None), options=SimpleNamespace(
+            data=SimpleNamespace(normalize=True))), columns, report)
+        found.append(report.names)
+    assert found[0] == set() and "one column dominates" in found[1]
+    assert "one column dominates" not in found[2]
+
+
+def test_ranks_tell_whether_numbers_with_a_heavy_tail_follow():
+    random = torch.Generator().manual_seed(0)
+    own, noise = torch.randn(2, 200, 1, generator=random)
+    target = torch.exp(4 * (own + noise))
+    assert rank_score(own, target) > 3 > abs(rank_score(own, target.flip(0)))
+    assert rank_score(torch.zeros(200, 1), target) == 0
+    target[:150] = float("nan")
+    assert rank_score(own, target) > 3
+    attempt = Attempt(losses=[0.1] * 30, looks=[{"y": 0.5}], ranked={"y": 4.0}, constant=1.0)
+    assert attempt.failed() == []
+    assert replace(attempt, ranked={"y": 2.0}).failed() == ["y"]
+    assert replace(attempt, losses=[5.0] * 30).failed() == ["y"]  # nothing has been learnt
 
 
 def test_two_diagnoses_say_the_same(diagnosed):

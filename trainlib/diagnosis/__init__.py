@@ -105,10 +105,10 @@ def diagnose(job: Job) -> Report:
     reference = sum(task.weight * expected[task.name][0] for task in job.tasks)
     trial = learn_by_heart(job, batches[0], reference, 1.0, report.deadline(_HEART_SECONDS))
     check_gradients(job, trial, report)
-    learns = check_learning(job, batches[0], reference, trial, report.deadline(_RATES_SECONDS),
-                            report)
+    learns, doubt = check_learning(
+        job, batches[0], reference, trial, report.deadline(_RATES_SECONDS), report)
     may_judge = learns and not report.names & EXPLAINING
-    check_held_out(job, constants, may_judge, report.deadline(math.inf), report)
+    check_held_out(job, constants, may_judge, doubt, report.deadline(math.inf), report)
     return report
 
 
@@ -129,5 +129,5 @@ def _expected_in_words(task: Task) -> str:
     if task.loss_name == "bce":
         return "ln 2"
     if task.loss_name == "mse":
-        return "the variance of the target, which is standardised"
+        return "the mean square of these targets, which are standardised"
     return "that of outputs of 0"

@@ -133,8 +133,9 @@ class Job:
         is_spared = any(self.arguments(batch.targets))
         return self.module(batch.inputs[:2] if is_spared else batch.inputs)
 
-    def update(self, factor: float) -> None:
-        """Clips as the script does, and steps at a multiple of the job's learning rate."""
+    def update(self, factor: float, decays: bool = True) -> None:
+        """Clips as the script does, and steps at a multiple of the job's learning rate, with or
+        without its weight decay."""
         trained = [p for p in self.module.parameters() if p.grad is not None]
         optim = self.options.optim
         if optim.max_grad_norm is not None:
@@ -142,15 +143,22 @@ class Job:
         if optim.max_grad_value is not None:
             torch.nn.utils.clip_grad_value_(trained, optim.max_grad_value)
         groups = self.optimizer.param_groups
-        rates = [group["lr"] for group in groups]
+        before = [dict(group) for group in groups]
         for group in groups:
             group["lr"] *= factor
+            if not decays and "weight_decay" in group:
+                group["weight_decay"] = 0.0
         try:
             self.optimizer.step()
         finally:
-            for group, rate in zip(groups, rates, strict=True):
-                group["lr"] = rate
+            for group, former in zip(groups, before, strict=True):
+                group |= {name: former[name] for name in ("lr", "weight_decay") if name in former}
         self.optimizer.zero_grad(set_to_none=True)
+
+    @property
+    def weight_decay(self) -> float:
+        """The largest of all parameters."""
+        return max(float(group.get("weight_decay") or 0) for group in self.optimizer.param_groups)
 
     def seed(self, number: int) -> None:
         """Makes what is random from here on depend on the job's seed alone."""

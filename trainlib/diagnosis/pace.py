@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-READING_SECONDS, FORWARD_SECONDS = 1.0, 0.2  # of one micro-batch at most
+READING_SECONDS, FORWARD_SECONDS = 1.0, 0.4  # of one micro-batch at most
+_LOOK_SECONDS = 1.5  # of a forward of all held-out samples
 _STEP_SECONDS = 1.5
 _STEP_FORWARDS = 3  # a backward is about two forwards
 _FEWEST = 2  # samples, which a net with BatchNorm needs
@@ -35,7 +36,7 @@ class Pace:
     def held_out(self, wanted: int) -> int:
         """So many of the wanted samples as can be read once and be predicted now and then."""
         most = min(_affordable(2 * READING_SECONDS, self.reading),
-                   _affordable(2 * FORWARD_SECONDS, self.forward))
+                   _affordable(_LOOK_SECONDS, self.forward))
         return int(min(wanted, max(1, most)))
 
 
