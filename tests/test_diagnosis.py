@@ -16,6 +16,7 @@ import train
 from train import TrainOptions
 from trainlib import config, diagnosis, models
 from trainlib.data.workers import Rows
+from trainlib.diagnosis.dead_units import Alive
 from trainlib.diagnosis.findings import Report
 from trainlib.diagnosis.first_batches import Columns, judge_inputs
 from trainlib.diagnosis.held_out import Attempt, rank_score
@@ -222,6 +223,36 @@ def test_what_to_do_for_a_batch_norm_of_one_sample_is_said(diagnosed):
         assert "Expected more than 1 value per channel" in finding.found
         assert "set --batch.micro_size to 2 or more" in finding.advice
     assert diagnosed(*net("Normed", "--batch.micro_size", "2")).findings == []
+
+
+class Sequences(torch.nn.Module):
+    """[N, 6] to ReLUs of [N, channels, positions] and of [N, positions, channels]."""
+
+    def __init__(self, length: int):
+        super().__init__()
+        self.length = length
+        self.conv, self.norm = torch.nn.Conv1d(1, 8, 1), torch.nn.BatchNorm1d(8)
+        self.first, self.second, self.last = (torch.nn.ReLU() for _ in range(3))
+        self.linear = torch.nn.Linear(8, 8)
+        self.conv.bias.data.fill_(1.0)
+        self.conv.weight.data.fill_(0.0)
+        self.norm.bias.data.copy_(torch.tensor([-1.0] * 7 + [1.0]))
+
+    def forward(self, inputs):
+        hidden = self.norm(self.conv(inputs[:, None, : self.length]))
+        hidden = torch.cat([self.first(hidden), hidden], 1)[:, :8]
+        tokens = hidden.transpose(1, 2)
+        self.second(tokens.clone() - 0.5)
+        return self.last(self.linear(tokens) * 0 + torch.tensor([1.0, *[-1.0] * 7]))
+
+
+@pytest.mark.parametrize("length", [6, 8])
+def test_units_are_channels_behind_a_conv_and_last_behind_a_linear_layer(length):
+    net, alive = Sequences(length), Alive()
+    with alive.seen_in(net):
+        net(torch.randn(4, 8))
+    for name, awake in (("first", 7), ("second", 7), ("last", 0)):
+        assert alive.seen[name].nonzero().flatten().tolist() == [awake], name
 
 
 def test_a_heavy_tail_is_no_column_that_dominates():

@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.nn.modules.conv import _ConvNd
-from torch.overrides import TorchFunctionMode
 
 from trainlib.config import UserError
 from trainlib.diagnosis import baseline
-from trainlib.diagnosis.findings import Report, number, some
+from trainlib.diagnosis.dead_units import Alive, judge_alive
+from trainlib.diagnosis.findings import Report, number
 from trainlib.diagnosis.job import Batch, Job
 from trainlib.diagnosis.outputs import (
     ends_in_sigmoid,
@@ -33,14 +32,9 @@ from trainlib.user_code import describe_error
 if TYPE_CHECKING:
     from trainlib.tasks import Task
 
-_DEAD_SHARE = 0.8  # nets that learn well may begin with a half
 _LARGE, _SMALL = 10.0, 1e-2  # root mean squares of inputs; normalised ones have 1
 _DOMINANT_SHARE, _MOST = 0.95, 0.5  # of all squares; of a sample's squares, and of the samples
 _JUDGED = (nn.Linear, _ConvNd, nn.RNNBase)
-_RELU = {
-    functional.relu, functional.relu_, functional.relu6, functional.threshold, torch.relu,
-    torch.relu_, Tensor.relu, Tensor.relu_,
-}
 _TRIED_STEPS = 2  # an optimizer's second one may differ from its first
 _SHOWN_OUTPUTS = 2**16  # of a sample: pixels or tokens, times classes
 
@@ -171,7 +165,7 @@ def check_first_batches(job: Job, batches: list[Batch], expected: Mapping, repor
         _, constant, words = expected[task.name]
         judge_loss(job, task, losses[task.name], zeros[task.name], constant, words, report)
     judge_inputs(job, columns, report)
-    _judge_alive(alive, report)
+    judge_alive(alive, report)
 
 
 def _has_sigmoid(job: Job, task: Task, batch: Batch) -> bool:
@@ -253,65 +247,3 @@ def judge_inputs(job: Job, columns: Columns, report: Report) -> None:
             "one column dominates", f"{column} has {share:.0%} of the inputs' squares (root mean "
             f"square {number(float(each[worst]))}; the median of all is "
             f"{number(float(each.median()))})", f"{mend}, or leave the column out of --data.input")
-
-
-class Alive(TorchFunctionMode):
-    """Units behind a ReLU that are not 0 for every sample, be it a module or a function."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen: dict[str, Tensor] = {}
-        self._inside: list[str] = []  # names of the modules that are at work
-        self._calls: dict[str, int] = {}
-
-    @contextmanager
-    def seen_in(self, module: nn.Module) -> Iterator[None]:
-        def begin(name: str) -> Callable:
-            return lambda *_: self._inside.append(name)
-
-        def end(*_: Any) -> None:
-            self._inside.pop()
-            if not self._inside:
-                self._calls = {}
-
-        handles = []
-        for name, part in module.named_modules():
-            handles += [part.register_forward_pre_hook(begin(name), prepend=True),
-                        part.register_forward_hook(end, always_call=True)]
-        try:
-            with self:
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def __torch_function__(
-        self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
-        output = function(*args, **(kwargs or {}))
-        if function in _RELU and self._inside:
-            self._look(self._inside[-1] or "the net", output)
-        return output
-
-    def _look(self, name: str, output: Tensor) -> None:
-        call = self._calls[name] = self._calls.get(name, 0) + 1
-        # Units are channels of images, and the last dimension of everything else.
-        units = output.movedim(1 if output.ndim > 3 else -1, 0).flatten(1)
-        alive, key = (units != 0).any(1), name if call == 1 else f"{name} (ReLU {call})"
-        self.seen[key] = alive | self.seen[key] if key in self.seen else alive
-
-
-def _judge_alive(alive: Alive, report: Report) -> None:
-    if not alive.seen:
-        report.fact("dead units", "none to look for: the net has no ReLU")
-        return
-    dead = {name: float((~units).float().mean()) for name, units in alive.seen.items()}
-    report.fact("dead units", ", ".join(f"{name} {share:.0%}" for name, share in
-                                        sorted(dead.items(), key=lambda pair: -pair[1])[:4])
-                + f" ({len(alive.seen)} layers of ReLU)")
-    bad = [f"{share:.0%} of {name}" for name, share in dead.items() if share > _DEAD_SHARE]
-    if bad:
-        report.error("dead units", f"0 for every one of the first samples, so that nothing passes "
-                     f"back: {some(bad)}",
-                     "initialise the biases before these layers with 0 and the weights smaller, "
-                     "normalise the inputs, or use a leaky activation (nn.LeakyReLU, nn.GELU)")

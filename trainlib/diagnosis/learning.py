@@ -20,6 +20,7 @@ _LEARNT_SHARE, _DOUBTFUL_SHARE, _FAILED_SHARE = 0.2, 0.5, 0.8
 _DIVERGED_FACTOR = 10
 USUAL_DECAY = 0.01
 """What is advised in place of one that is too high, or less."""
+_FELT_DECAY = 0.1  # rate times decay, of all steps
 _AHEAD_SHARE = 0.05  # of the best constant's loss on the batch: a net too small may learn no more
 EXPLAINING = {
     "inputs not normalised", "one column dominates", "initial loss", "dead units",
@@ -192,14 +193,16 @@ def check_learning(
     if reasons := report.names & EXPLAINING:
         report.fact("learning", f"not judged: mend first {some(sorted(reasons))}")
         return False, None
-    if job.weight_decay and not deadline.is_over:
+    decay = job.weight_decay
+    may_matter = decay > USUAL_DECAY or rate * decay * _STEPS > _FELT_DECAY
+    if may_matter and not deadline.is_over:
         other = learn_by_heart(job, batch, reference, 1.0, deadline, decays=False)
         if other.has_learnt:
             report.error(
                 "weight decay too high", f"the loss on one micro-batch goes {said} with a weight "
-                f"decay of {job.weight_decay:g}; without it, it falls to "
+                f"decay of {decay:g}; without it, it falls to "
                 f"{number(other.losses[-1])}", "--optim.weight_decay "
-                f"{min(USUAL_DECAY, job.weight_decay / 100):g}")
+                f"{min(USUAL_DECAY, decay / 100):g}")
             return False, None
     if not trial.has_diverged and trial.is_ahead:
         return True, None
