@@ -299,7 +299,7 @@ def train_student(options: StudentOptions, folder: runtime.RunFolder) -> None:
     # ---- loop ----
     sums.watch_layers(module, optim.parameter_layers(module), lambda: state.step)
     profile_steps(options.profile, folder, watchdog, accelerator, sums, reader, batch_statistics,
-                  optimizer, (num_samples, batch.global_size, total_steps), run_log.say, teachers)
+                  optimizer, run_log.say, teachers)
     # twin loop: begin
     while True:
         evaluates = is_time(state.step, eval_every, total_steps)

@@ -238,7 +238,7 @@ def main(arguments: list[str]) -> None:
     # ---- loop ----
     sums.watch_layers(module, optim.parameter_layers(module), lambda: state.step)
     profile_steps(options.profile, folder, watchdog, accelerator, sums, reader, batch_statistics,
-                  optimizer, (num_samples, batch.global_size, total_steps), run_log.say)
+                  optimizer, run_log.say)
     # twin loop: begin
     while True:
         evaluates = is_time(state.step, eval_every, total_steps)

@@ -41,6 +41,72 @@ def in_both() -> datasets.DatasetDict:
     return datasets.DatasetDict(train=_dataset(train), validation=_dataset(other))
 
 
+def few_rows() -> datasets.Dataset:
+    """500 rows of three columns with few values, so that most inputs come several times."""
+    random = np.random.default_rng(0)
+    columns = {f"x{i}": random.integers(0, 4, 500).astype(float) for i in range(3)}
+    score = columns["x0"] + columns["x1"] + random.normal(size=500)
+    return _dataset(columns | {"target": (score > 3).astype(int)})
+
+
+def some_repeated() -> datasets.DatasetDict:
+    """Some training rows stand there twice, and far more validation rows are shared."""
+    train, other = _table(800), _table(100, seed=1)
+    train = {k: np.concatenate([v, v[:20]]) for k, v in train.items()}
+    other = {k: np.concatenate([v[:70], train[k][300:330]]) for k, v in other.items()}
+    return datasets.DatasetDict(train=_dataset(train), validation=_dataset(other))
+
+
+def few_shared() -> datasets.DatasetDict:
+    """Two validation rows are shared, of so few that it is more than 1 %."""
+    train, other = _table(800), _table(30, seed=1)
+    other = {k: np.concatenate([v, train[k][17:19]]) for k, v in other.items()}
+    return datasets.DatasetDict(train=_dataset(train), validation=_dataset(other))
+
+
+def leak_of_two_percent() -> datasets.DatasetDict:
+    train, other = _table(3000), _table(500, seed=1)
+    other = {k: np.concatenate([v[:488], train[k][17:29]]) for k, v in other.items()}
+    return datasets.DatasetDict(train=_dataset(train), validation=_dataset(other))
+
+
+def class_in_training_only() -> datasets.DatasetDict:
+    train, other = _table(800), _table(100, seed=1)
+    other["target"] = np.where(other["target"] == 3, 2, other["target"])
+    return datasets.DatasetDict(train=_dataset(train), validation=_dataset(other))
+
+
+def noisy_numbers() -> datasets.Dataset:
+    """Of which a linear net can learn a third."""
+    table, random = _table(3000), np.random.default_rng(2)
+    target = table["x0"] - table["x1"] + 2 * random.normal(size=3000)
+    return _dataset(table | {"target": target})
+
+
+def heavy_targets() -> datasets.Dataset:
+    """Of which the first micro-batches have a twentieth of the variance of all."""
+    table, random = _table(6000, seed=1), np.random.default_rng(1)
+    logarithm = 1.4 * (table["x0"] + table["x1"]) + 0.3 * random.normal(size=6000)
+    return _dataset(table | {"target": np.exp(logarithm)})
+
+
+def heavy_inputs() -> datasets.Dataset:
+    table = _table(3000)
+    return _dataset({k: np.exp(2 * v) if k in COLUMNS else v for k, v in table.items()})
+
+
+def heavy_shuffled() -> datasets.Dataset:
+    table = _table(3000)
+    target = np.exp(2 * np.random.default_rng(1).normal(size=3000))
+    return _dataset(table | {"target": target})
+
+
+def ten_classes() -> datasets.Dataset:
+    table = _table(3000)
+    angle = np.arctan2(table["x0"], table["x1"]) / (2 * np.pi) + 0.5
+    return _dataset(table | {"target": np.minimum(9, (10 * angle).astype(int))})
+
+
 def unbalanced() -> datasets.Dataset:
     table = _table(3000)
     return _dataset(table | {"target": (table["x0"] > 2.2).astype(int)})
@@ -164,6 +230,20 @@ class Infinite(Net):
 class Failing(Net):
     def forward(self, inputs):
         raise RuntimeError("no such shape")
+
+
+class Normed(Net):
+    def plant(self):
+        self.active = nn.Sequential(nn.BatchNorm1d(64), nn.ReLU())
+
+
+class Stepless(torch.optim.SGD):
+    """Its second step raises."""
+
+    def step(self, closure=None):
+        if any(self.state.values()):
+            raise RuntimeError("no such state")
+        self.state[self.param_groups[0]["params"][0]]["seen"] = torch.ones(())
 
 
 class Deep(nn.Module):

@@ -2,7 +2,9 @@
 
 import copy
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +16,10 @@ import train
 from train import TrainOptions
 from trainlib import config, diagnosis, models
 from trainlib.data.workers import Rows
+from trainlib.diagnosis.dead_units import Alive
 from trainlib.diagnosis.findings import Report
+from trainlib.diagnosis.first_batches import Columns, judge_inputs
+from trainlib.diagnosis.held_out import Attempt, rank_score
 from trainlib.diagnosis.page import page
 from trainlib.diagnosis.parameters import parameter_rows
 
@@ -22,6 +27,7 @@ PLANTED = str(Path(__file__).with_name("planted.py"))
 HEALTHY = [recipe for recipe in recipes()
            if "builtin:" in recipe.read_text() and "\ndistill:" not in recipe.read_text()]
 SMALL = ["--batch.global_size", "64", "--loop.duration", "20 epochs"]
+NUMBERS = ["--tasks", "{target: {kind: regression}}"]
 
 
 @pytest.fixture
@@ -75,10 +81,15 @@ def test_nothing_is_found_in_a_healthy_recipe(diagnosed, recipe):
     ["--data.augment.mixup", "0.4", "--tasks", "{digit: {loss_args: {label_smoothing: 0.1}}}"],
     job("unbalanced", "--tasks", "{target: {loss: focal}}"),
     labels("Positive"), ["--tasks.digit.loss", f"{PLANTED}:tiny_loss"],
-    job("sound", "--model.args.hidden", "[]"),
+    job("sound", "--model.args.hidden", "[]"), job("few_rows"), job("few_shared"),
+    job("ten_classes", "--model.args.hidden", "[2]"), ["--model.args.hidden", "[2]"],
+    job("noisy_numbers", *NUMBERS, "--model.args.hidden", "[]"),
+    job("heavy_targets", *NUMBERS), job("heavy_inputs"),
     ["--recipe", f"{ROOT}/recipes/diabetes_regression.yaml", "--model.args.hidden", "[]"],
 ], ids=["table", "own net", "zeros", "sgd", "auto size", "auto rate", "smoothed", "handled",
-        "positive", "tiny loss", "linear", "linear regression"])
+        "positive", "tiny loss", "linear", "few rows", "few shared",
+        "two units", "digits by two units", "noise", "heavy targets", "heavy inputs",
+        "linear regression"])
 def test_nothing_is_found_in_a_sound_job(diagnosed, flags):
     assert diagnosed(*flags).findings == []
 
@@ -87,6 +98,13 @@ def test_nothing_is_found_in_a_sound_job(diagnosed, flags):
     ("targets do not follow", job("shuffled")),
     ("targets do not follow", job("shuffled_numbers", "--tasks",
                                   "{target: {kind: regression, loss: l1}}")),
+    ("targets do not follow", job("heavy_shuffled", *NUMBERS)),
+    ("weight decay too high", ["--optim.weight_decay", "100"]),
+    ("weight decay too high", job("sound", "--optim.weight_decay", "100")),
+    ("weight decay too high", job("sound", "--optim.name", "sgd", "--optim.lr", "0.1",
+                                  "--optim.weight_decay", "1")),
+    ("weight decay too high", ["--optim.name", "sgd", "--optim.lr", "0.1",
+                               "--optim.weight_decay", "1"]),
     ("inputs not normalised", ["--recipe", f"{ROOT}/recipes/diabetes_regression.yaml",
                                "--data.normalize", "false"]),
     ("inputs not normalised", net("Unscaled")),
@@ -102,6 +120,9 @@ def test_nothing_is_found_in_a_sound_job(diagnosed, flags):
     ("dead units", net("Dead")), ("dead units", net("DeadFunction")),
     ("wrong output size", ["--model.args.classes", "7"]),
     ("samples in both splits", job("in_both")),
+    ("samples in both splits", job("some_repeated")),
+    ("samples in both splits", job("leak_of_two_percent")),
+    ("class without validation samples", job("class_in_training_only")),
     ("frozen by mistake", net("Frozen")),
     ("frozen by mistake", ["--model.freeze", "[1.*]"]),
     ("unreached parameters", net("Unused")),
@@ -120,6 +141,9 @@ def test_nothing_is_found_in_a_sound_job(diagnosed, flags):
     ("non-finite output", net("Infinite")),
     ("does not learn", net("Detached")),
     ("model fails", net("Failing")),
+    ("optimizer fails", job("sound", "--optim.name", f"{PLANTED}:Stepless")),
+    ("model fails", net("Normed", "--batch.micro_size", "1")),
+    ("model fails", net("Normed", "--batch.micro_size", "9")),
 ])
 def test_a_planted_fault_is_named(diagnosed, name, flags):
     report = diagnosed(*flags)
@@ -152,6 +176,113 @@ def test_data_slower_than_the_step_are_found(diagnosed, monkeypatch):
     [finding] = diagnosed(*flags).findings
     assert finding.name == "slow data" and "--data.in_memory true" in finding.advice
     assert diagnosed().findings == []
+
+
+class Clock:
+    """Seconds that pass for samples alone."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def pass_in(self, owner, name: str, seconds: float, monkeypatch) -> None:
+        """Has each call of a method take so long for each sample of its last argument."""
+        method = getattr(owner, name)
+
+        def slow(*args):
+            self.now += seconds * len(args[-1])
+            return method(*args)
+
+        monkeypatch.setattr(owner, name, slow)
+
+
+@pytest.mark.parametrize("reading, forward", [(0.05, 0), (0.5, 0), (0, 0.02), (0.02, 0.2)])
+@pytest.mark.parametrize("size", [8, 400])
+def test_a_slow_job_is_asked_for_less(diagnosed, monkeypatch, reading, forward, size):
+    clock = Clock()
+    clock.pass_in(Rows, "read", reading, monkeypatch)
+    clock.pass_in(torch.nn.Linear, "forward", forward / 2, monkeypatch)  # there are two of them
+    monkeypatch.setattr(time, "perf_counter", clock)
+    report = diagnosed("--data.in_memory", "false", "--data.workers", "0",
+                       *net("Net", "--batch.global_size", "400", "--batch.micro_size", str(size)))
+    assert report.spent < 1.25 * diagnosis.BUDGET_SECONDS
+    assert report.names <= {"slow data"}, report.findings
+    cut = " ".join(report.cut_short)
+    if reading:
+        assert "samples in both splits" in cut
+    if size == 400:
+        assert "micro-batches: of" in cut and "and not of 400" in cut
+    if max(reading, forward) > 0.05:
+        assert "held-out samples" in cut
+
+
+def test_what_to_do_for_a_batch_norm_of_one_sample_is_said(diagnosed):
+    for size in (1, 9):  # of 64
+        [finding] = diagnosed(*net("Normed", "--batch.micro_size", str(size))).findings
+        assert "Expected more than 1 value per channel" in finding.found
+        assert "set --batch.micro_size to 2 or more" in finding.advice
+    assert diagnosed(*net("Normed", "--batch.micro_size", "2")).findings == []
+
+
+class Sequences(torch.nn.Module):
+    """[N, 6] to ReLUs of [N, channels, positions] and of [N, positions, channels]."""
+
+    def __init__(self, length: int):
+        super().__init__()
+        self.length = length
+        self.conv, self.norm = torch.nn.Conv1d(1, 8, 1), torch.nn.BatchNorm1d(8)
+        self.first, self.second, self.last = (torch.nn.ReLU() for _ in range(3))
+        self.linear = torch.nn.Linear(8, 8)
+        self.conv.bias.data.fill_(1.0)
+        self.conv.weight.data.fill_(0.0)
+        self.norm.bias.data.copy_(torch.tensor([-1.0] * 7 + [1.0]))
+
+    def forward(self, inputs):
+        hidden = self.norm(self.conv(inputs[:, None, : self.length]))
+        hidden = torch.cat([self.first(hidden), hidden], 1)[:, :8]
+        tokens = hidden.transpose(1, 2)
+        self.second(tokens.clone() - 0.5)
+        return self.last(self.linear(tokens) * 0 + torch.tensor([1.0, *[-1.0] * 7]))
+
+
+@pytest.mark.parametrize("length", [6, 8])
+def test_units_are_channels_behind_a_conv_and_last_behind_a_linear_layer(length):
+    net, alive = Sequences(length), Alive()
+    with alive.seen_in(net):
+        net(torch.randn(4, 8))
+    for name, awake in (("first", 7), ("second", 7), ("last", 0)):
+        assert alive.seen[name].nonzero().flatten().tolist() == [awake], name
+
+
+def test_a_heavy_tail_is_no_column_that_dominates():
+    random = torch.Generator().manual_seed(0)
+    inputs = torch.randn(512, 4, generator=random)
+    net, found = torch.nn.Linear(4, 2), []
+    for scale in (torch.ones(512), 20 * torch.ones(512), 400 * (torch.arange(512) == 7)):
+        columns = Columns()
+        with columns.seen_by(torch.nn.Sequential(net)), torch.no_grad():
+            net(inputs * torch.stack([scale, *torch.ones(3, 512)], 1))
+        report = Report(1.0)
+        judge_inputs(SimpleNamespace(dataset=SimpleNamespace(inputs=None), options=SimpleNamespace(
+            data=SimpleNamespace(normalize=True))), columns, report)
+        found.append(report.names)
+    assert found[0] == set() and "one column dominates" in found[1]
+    assert "one column dominates" not in found[2]
+
+
+def test_ranks_tell_whether_numbers_with_a_heavy_tail_follow():
+    random = torch.Generator().manual_seed(0)
+    own, noise = torch.randn(2, 200, 1, generator=random)
+    target = torch.exp(4 * (own + noise))
+    assert rank_score(own, target) > 3 > abs(rank_score(own, target.flip(0)))
+    assert rank_score(torch.zeros(200, 1), target) == 0
+    target[:150] = float("nan")
+    assert rank_score(own, target) > 3
+    attempt = Attempt(losses=[0.1] * 30, looks=[{"y": 0.5}], ranked={"y": 4.0}, constant=1.0)
+    assert attempt.failed() == []
+    assert replace(attempt, ranked={"y": 2.0}).failed() == ["y"]
+    assert replace(attempt, losses=[5.0] * 30).failed() == ["y"]  # nothing has been learnt
 
 
 def test_two_diagnoses_say_the_same(diagnosed):

@@ -3,6 +3,7 @@
 import gzip
 import json
 import statistics
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -224,6 +225,35 @@ def test_a_run_may_be_shorter_than_its_profile_and_go_on(tmp_path):
     first = (run / "profile.txt").read_text()
     train(run, *SHORT[2:], "--loop.duration", "20 steps")
     assert (run / "profile.txt").read_text() == first
+
+
+@pytest.mark.parametrize("wanted", ["0 steps", "-3 steps", "20", "20 epochs", "5%", "2.5 steps"])
+def test_what_is_no_number_of_steps_is_refused(tmp_path, wanted):
+    result = fork(["--run_dir", str(tmp_path / "run"), *SHORT, f"--profile={wanted}"])
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    [line] = [line for line in result.stderr.splitlines() if line.strip()]
+    assert 'profile' in line and '"20 steps"' in line and wanted in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_profile_of_an_earlier_run_is_not_left_for_another(tmp_path):
+    folder, said_lines = tmp_path, []
+
+    def start(wanted, step):
+        for name in (profile.TABLE, profile.TRACE):
+            (folder / name).write_text("of an earlier run")
+        parts_of_a_run = [SimpleNamespace(begin=None)] * 7
+        accelerator = SimpleNamespace(is_main_process=True, device=torch.device("cpu"))
+        sums = SimpleNamespace(is_sharded=False, reduces_elsewhere=False)
+        profile.profile_steps(wanted, SimpleNamespace(path=folder, step=step), parts_of_a_run[0],
+                              accelerator, sums, *parts_of_a_run[:3], said_lines.append)
+        return {file.name for file in folder.iterdir()}
+
+    both = {profile.TABLE, profile.TRACE}
+    assert start(None, 10) == both  # it is this run's, which goes on
+    assert start(None, 0) == set()
+    assert start("3 steps", 10) == set()  # which may fail, or come too late
+    assert start("3 steps", 0) == set() and said_lines == []
 
 
 def test_a_signal_ends_the_profile_and_the_run_goes_on(tmp_path, plain):

@@ -21,7 +21,7 @@ from trainlib.diagnosis import baseline
 from trainlib.diagnosis.findings import Finding, Report
 from trainlib.diagnosis.first_batches import check_first_batches, check_fit
 from trainlib.diagnosis.held_out import check_held_out
-from trainlib.diagnosis.job import Job
+from trainlib.diagnosis.job import Batch, Job
 from trainlib.diagnosis.learning import (
     EXPLAINING,
     check_gradients,
@@ -42,7 +42,7 @@ __all__ = ["Finding", "Job", "Report", "diagnose", "stop_if_diagnose"]
 
 BUDGET_SECONDS = 24.0
 """Of all trials together; what does not fit is cut short, and said."""
-_READING_SECONDS, _HEART_SECONDS, _RATES_SECONDS = 4.0, 6.0, 6.0
+_READING_SECONDS, _BATCHES_SECONDS, _HEART_SECONDS, _RATES_SECONDS = 4.0, 2.0, 6.0, 6.0
 _FIRST_BATCHES = 8
 
 
@@ -83,10 +83,13 @@ def diagnose(job: Job) -> Report:
     train = read_sample(job.dataset.train, report.deadline(_READING_SECONDS / 2))
     validation = read_sample(job.dataset.validation, report.deadline(_READING_SECONDS / 2))
     check_samples(job, train, validation, report)
-    batches = job.first_batches(_FIRST_BATCHES)
+    workers = max(1, job.dataset.train.workers)
+    job.pace.reading = max(train.seconds, validation.seconds) / workers
+    batches = job.first_batches(_FIRST_BATCHES, report.deadline(_BATCHES_SECONDS))
     if "non-finite parameters" in report.names or not check_fit(job, batches[0], report):
         report.fact("outputs and learning", "not looked at: the net cannot be run as it is")
         return report
+    batches = _affordable(job, batches, report)
     constants = {task.name: baseline.best_constant(task, train.targets) for task in job.tasks}
     expected = {
         task.name: (
@@ -102,11 +105,21 @@ def diagnose(job: Job) -> Report:
     reference = sum(task.weight * expected[task.name][0] for task in job.tasks)
     trial = learn_by_heart(job, batches[0], reference, 1.0, report.deadline(_HEART_SECONDS))
     check_gradients(job, trial, report)
-    learns = check_learning(job, batches[0], reference, trial, report.deadline(_RATES_SECONDS),
-                            report)
+    learns, doubt = check_learning(
+        job, batches[0], reference, trial, report.deadline(_RATES_SECONDS), report)
     may_judge = learns and not report.names & EXPLAINING
-    check_held_out(job, constants, may_judge, report.deadline(math.inf), report)
+    check_held_out(job, constants, may_judge, doubt, report.deadline(math.inf), report)
     return report
+
+
+def _affordable(job: Job, batches: list[Batch], report: Report) -> list[Batch]:
+    """The first micro-batches, so large as there is time for."""
+    there = -(-len(job.dataset.train) // job.wanted_size)
+    if job.micro_size < job.wanted_size:
+        report.cut(f"micro-batches: of {job.micro_size} samples, and not of {job.wanted_size}")
+    elif len(batches) < min(_FIRST_BATCHES, there):
+        report.cut(f"first micro-batches: {len(batches)} of {min(_FIRST_BATCHES, there)}")
+    return [batch.first(job.micro_size) for batch in batches]
 
 
 def _expected_in_words(task: Task) -> str:
@@ -116,5 +129,5 @@ def _expected_in_words(task: Task) -> str:
     if task.loss_name == "bce":
         return "ln 2"
     if task.loss_name == "mse":
-        return "the variance of the target, which is standardised"
+        return "the mean square of these targets, which are standardised"
     return "that of outputs of 0"

@@ -70,10 +70,14 @@ def _first(task: Task, targets: dict[str, Tensor], most: int) -> dict[str, Tenso
     return {task.name: target[: max(1, most // (items * task.num_outputs))]}
 
 
-def best_constant(task: Task, targets: dict[str, Tensor]) -> Tensor:
-    """The output [outputs] of which the loss over the targets is least."""
+def best_constant(task: Task, targets: dict[str, Tensor], prior: float = 1.0) -> Tensor:
+    """The output [outputs] of which the loss over the targets is least.
+
+    Args:
+        prior: added to the count of each class, for what other samples may hold.
+    """
     target = targets[task.name]
-    row = _closed_form(task, target).nan_to_num()
+    row = _closed_form(task, target, prior).nan_to_num()
     if task.loss_name in _PLAIN and not task.loss.keywords:
         return row
     some = _first(task, targets, _REFINED_ENTRIES)
@@ -98,7 +102,7 @@ def floor(task: Task, targets: dict[str, Tensor]) -> float:
     return float(-(share * share.log()).sum()) * bool(is_valid(target).any())
 
 
-def _closed_form(task: Task, target: Tensor) -> Tensor:
+def _closed_form(task: Task, target: Tensor, prior: float) -> Tensor:
     if task.kind == "regression":
         return target.float().flatten(1).nanmean(0)
     if task.kind == "multilabel":
@@ -106,5 +110,5 @@ def _closed_form(task: Task, target: Tensor) -> Tensor:
     classes = target[target != IGNORED].flatten()
     if getattr(task, "is_binary", False):
         return torch.logit(classes.float().mean().view(1), eps=1e-4)
-    counts = torch.bincount(classes, minlength=task.num_outputs).float() + 1
+    counts = torch.bincount(classes, minlength=task.num_outputs).float() + prior
     return (counts / counts.sum()).log()

@@ -65,7 +65,12 @@ class Deadline:
 
     @property
     def is_over(self) -> bool:
-        return time.perf_counter() > self._end
+        return self.left < 0
+
+    @property
+    def left(self) -> float:
+        """Seconds; below 0 when it is over."""
+        return self._end - time.perf_counter()
 
 
 def number(value: float) -> str:

@@ -4,19 +4,19 @@ outputs, the initial loss, the inputs as the first layer has them, and units tha
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.nn.modules.conv import _ConvNd
-from torch.overrides import TorchFunctionMode
 
 from trainlib.config import UserError
 from trainlib.diagnosis import baseline
-from trainlib.diagnosis.findings import Report, number, some
+from trainlib.diagnosis.dead_units import Alive, judge_alive
+from trainlib.diagnosis.findings import Report, number
 from trainlib.diagnosis.job import Batch, Job
 from trainlib.diagnosis.outputs import (
     ends_in_sigmoid,
@@ -25,20 +25,17 @@ from trainlib.diagnosis.outputs import (
     judge_squashed,
     squashed_items,
 )
+from trainlib.diagnosis.pace import FORWARD_SECONDS, GROWTH
 from trainlib.memory import is_out_of_memory
 from trainlib.user_code import describe_error
 
 if TYPE_CHECKING:
     from trainlib.tasks import Task
 
-_DEAD_SHARE = 0.8  # nets that learn well may begin with a half
 _LARGE, _SMALL = 10.0, 1e-2  # root mean squares of inputs; normalised ones have 1
-_DOMINANT_SHARE = 0.95
+_DOMINANT_SHARE, _MOST = 0.95, 0.5  # of all squares; of a sample's squares, and of the samples
 _JUDGED = (nn.Linear, _ConvNd, nn.RNNBase)
-_RELU = {
-    functional.relu, functional.relu_, functional.relu6, functional.threshold, torch.relu,
-    torch.relu_, Tensor.relu, Tensor.relu_,
-}
+_TRIED_STEPS = 2  # an optimizer's second one may differ from its first
 _SHOWN_OUTPUTS = 2**16  # of a sample: pixels or tokens, times classes
 
 
@@ -50,6 +47,7 @@ def check_fit(job: Job, batch: Batch, report: Report) -> bool:
         job.module.eval()
         with torch.no_grad():
             output = job.module(inputs, **job.arguments(targets))
+            _measure(job, batch)
     except Exception as error:  # whatever a net of the user's own raises
         _raise_if_memory(error)
         report.error("model fails", f"the net cannot take inputs of shape {tuple(inputs.shape)}: "
@@ -68,16 +66,64 @@ def check_fit(job: Job, batch: Batch, report: Report) -> bool:
                 f"have the net give {task.num_outputs} numbers for {task.name!r}: leave the number "
                 "of outputs out of --model.args, where the data fill it in, or mend the last layer")
             return False
-    try:
-        with job.untouched():
-            job.seed(0)
-            job.loss(batch.inputs, batch.targets, [batch.samples]).backward()
-    except Exception as error:  # whatever a net or a loss of the user's own raises
-        _raise_if_memory(error)
-        report.error("model fails", "a step of training raises: " + describe_error(error),
-                     "mend the net or the loss")
-        return False
+    return _check_step(job, batch, report)
+
+
+def _measure(job: Job, batch: Batch) -> None:
+    """How long a forward takes for a sample: of so many as can be afforded, growing from two."""
+    size, wanted = 2, len(batch.samples)
+    while True:
+        part = batch.first(size)
+        began = time.perf_counter()
+        job.module(part.inputs, **job.arguments(part.targets))
+        if job.device.type == "cuda":
+            torch.cuda.synchronize(job.device)
+        seconds = time.perf_counter() - began
+        job.pace.forward = seconds / len(part.samples)
+        if size >= wanted or GROWTH * seconds > FORWARD_SECONDS:
+            return
+        size *= GROWTH
+
+
+def _check_step(job: Job, batch: Batch, report: Report) -> bool:
+    """Whether steps of training go through, of a smallest micro-batch, too."""
+    usual, is_whole = min(job.micro_size, len(batch.samples)), job.micro_size == job.wanted_size
+    smallest = min(usual, job.options.batch.smallest_micro_batch) if is_whole else usual
+    for size in sorted({smallest, usual}):
+        part, is_the_net = batch.first(size), True
+        try:
+            with job.untouched():
+                for number in range(_TRIED_STEPS):
+                    is_the_net = True
+                    job.seed(number)
+                    job.loss(part.inputs, part.targets, [part.samples]).backward()
+                    is_the_net = False
+                    job.update(1.0)
+        except Exception as error:  # whatever code of the user's own raises
+            _raise_if_memory(error)
+            _report_step(job, size, error, is_the_net, report)
+            return False
     return True
+
+
+def _report_step(
+    job: Job, size: int, error: Exception, is_the_net: bool, report: Report
+) -> None:
+    said = describe_error(error)
+    if not is_the_net:
+        report.error(
+            "optimizer fails", f"a step of {job.options.optim.name} raises: {said}",
+            "mend --optim.args, choose another --optim.name, or mend the optimizer, if it is your "
+            "own")
+    elif size == 1 and "more than 1 value per channel" in said:
+        report.error(
+            "model fails", f"a step of training on a micro-batch of one sample raises: {said}",
+            "set --batch.micro_size to 2 or more, such that --batch.global_size "
+            f"({job.options.batch.global_size}) divided by it leaves no rest of 1: BatchNorm has "
+            "no statistics of one sample")
+    else:
+        report.error("model fails", f"a step of training raises: {said}",
+                     "mend the net or the loss")
 
 
 def _raise_if_memory(error: Exception) -> None:
@@ -94,6 +140,8 @@ def check_first_batches(job: Job, batches: list[Batch], expected: Mapping, repor
     """
     outputs: dict[str, list[Tensor]] = {task.name: [] for task in job.tasks}
     losses = {task.name: 0.0 for task in job.tasks}
+    # Of these samples: a few large targets make the loss of others another one.
+    zeros = {task.name: 0.0 for task in job.tasks}
     squashed: dict[str, list[Tensor]] = {task.name: [] for task in job.tasks}
     columns, alive = Columns(), Alive()
     with job.untouched(), torch.no_grad(), columns.seen_by(job.module), alive.seen_in(job.module):
@@ -108,13 +156,16 @@ def check_first_batches(job: Job, batches: list[Batch], expected: Mapping, repor
                 target = batch.targets[task.name]
                 losses[task.name] += baseline.mean_loss(
                     task, task.losses(output, batch.targets), target) / len(batches)
+                zeros[task.name] += baseline.loss_of_constant(
+                    task, baseline.zeros(task, batch.targets), batch.targets) / len(batches)
     for task in job.tasks:
         judge_output(task.name, torch.cat(outputs[task.name]), report)
         judge_squashed(task, torch.cat(squashed[task.name]), _has_sigmoid(job, task, batches[0]),
                        report)
-        judge_loss(job, task, losses[task.name], *expected[task.name], report)
-    _judge_inputs(job, columns, report)
-    _judge_alive(alive, report)
+        _, constant, words = expected[task.name]
+        judge_loss(job, task, losses[task.name], zeros[task.name], constant, words, report)
+    judge_inputs(job, columns, report)
+    judge_alive(alive, report)
 
 
 def _has_sigmoid(job: Job, task: Task, batch: Batch) -> bool:
@@ -129,7 +180,7 @@ class Columns:
 
     def __init__(self):
         self.layer, self.unit, self.count, self._is_new_pass = "", "", 0, True
-        self.sums = self.squares = torch.zeros(())
+        self.sums = self.squares = self.dominated = torch.zeros(())
 
     @contextmanager
     def seen_by(self, module: nn.Module) -> Iterator[None]:
@@ -161,9 +212,12 @@ class Columns:
         self.unit = "channel" if is_conv else "column"
         self.sums = self.sums + values.sum(1).cpu().double()
         self.squares = self.squares + values.square().sum(1).cpu().double()
+        shares = values.square() / values.square().sum(0).clamp(min=1e-30)
+        self.dominated = self.dominated + (shares > _MOST).sum(1).cpu().double()
 
 
-def _judge_inputs(job: Job, columns: Columns, report: Report) -> None:
+def judge_inputs(job: Job, columns: Columns, report: Report) -> None:
+    """The scale of what the first layer has, of all columns and of one beside the others."""
     if not columns.count:
         report.fact("inputs", "not judged: the first layer, if one can be seen, is a norm, an "
                     "embedding or the like")
@@ -186,70 +240,10 @@ def _judge_inputs(job: Job, columns: Columns, report: Report) -> None:
             "inputs not normalised", f"the first layer ({columns.layer or 'the net'}) is given "
             f"inputs of root mean square {number(rms)}, where 1 is usual; most in {column}: mean "
             f"{number(float(mean[worst]))}, deviation {number(float(deviation[worst]))}", mend)
-    if len(each) > 2 and share > _DOMINANT_SHARE and float(each[worst]) > 3:
+    # A few large values in one column are a heavy tail, which its scale does not mend.
+    is_usual = float(columns.dominated[worst]) > _MOST * columns.count
+    if len(each) > 2 and share > _DOMINANT_SHARE and float(each[worst]) > 3 and is_usual:
         report.warning(
             "one column dominates", f"{column} has {share:.0%} of the inputs' squares (root mean "
             f"square {number(float(each[worst]))}; the median of all is "
             f"{number(float(each.median()))})", f"{mend}, or leave the column out of --data.input")
-
-
-class Alive(TorchFunctionMode):
-    """Units behind a ReLU that are not 0 for every sample, be it a module or a function."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen: dict[str, Tensor] = {}
-        self._inside: list[str] = []  # names of the modules that are at work
-        self._calls: dict[str, int] = {}
-
-    @contextmanager
-    def seen_in(self, module: nn.Module) -> Iterator[None]:
-        def begin(name: str) -> Callable:
-            return lambda *_: self._inside.append(name)
-
-        def end(*_: Any) -> None:
-            self._inside.pop()
-            if not self._inside:
-                self._calls = {}
-
-        handles = []
-        for name, part in module.named_modules():
-            handles += [part.register_forward_pre_hook(begin(name), prepend=True),
-                        part.register_forward_hook(end, always_call=True)]
-        try:
-            with self:
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def __torch_function__(
-        self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
-        output = function(*args, **(kwargs or {}))
-        if function in _RELU and self._inside:
-            self._look(self._inside[-1] or "the net", output)
-        return output
-
-    def _look(self, name: str, output: Tensor) -> None:
-        call = self._calls[name] = self._calls.get(name, 0) + 1
-        # Units are channels of images, and the last dimension of everything else.
-        units = output.movedim(1 if output.ndim > 3 else -1, 0).flatten(1)
-        alive, key = (units != 0).any(1), name if call == 1 else f"{name} (ReLU {call})"
-        self.seen[key] = alive | self.seen[key] if key in self.seen else alive
-
-
-def _judge_alive(alive: Alive, report: Report) -> None:
-    if not alive.seen:
-        report.fact("dead units", "none to look for: the net has no ReLU")
-        return
-    dead = {name: float((~units).float().mean()) for name, units in alive.seen.items()}
-    report.fact("dead units", ", ".join(f"{name} {share:.0%}" for name, share in
-                                        sorted(dead.items(), key=lambda pair: -pair[1])[:4])
-                + f" ({len(alive.seen)} layers of ReLU)")
-    bad = [f"{share:.0%} of {name}" for name, share in dead.items() if share > _DEAD_SHARE]
-    if bad:
-        report.error("dead units", f"0 for every one of the first samples, so that nothing passes "
-                     f"back: {some(bad)}",
-                     "initialise the biases before these layers with 0 and the weights smaller, "
-                     "normalise the inputs, or use a leaky activation (nn.LeakyReLU, nn.GELU)")

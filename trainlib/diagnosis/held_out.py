@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 from trainlib.diagnosis import baseline
-from trainlib.diagnosis.findings import Deadline, Report
+from trainlib.diagnosis.findings import Deadline, Finding, Report
 from trainlib.diagnosis.job import Batch, Job
+from trainlib.diagnosis.learning import USUAL_DECAY
 
 _WARMUP_STEPS = 10
 _LOOKS = (10, 20, 60, 80, 160, 320)  # steps after which held-out samples are looked at
 _FIRST_JUDGED = 60  # a rate that is too high shows after some steps at its peak
+_MUCH_DECAY = 1.0  # rate times decay, of all steps: a third of a weight is left
 _LOWER_RATES = (0.1, 0.01)
 _END_STEPS, _FALLEN_SHARE = 20, 0.9  # of the training loss to the best constant's
 _ERRORS = 3.0  # standard errors by which the net is to beat the best constant
@@ -31,7 +33,8 @@ _TIMED_STEPS, _SLOW_FACTOR, _SLOW_SECONDS = 8, 1.5, 0.005
 
 
 def check_held_out(
-    job: Job, constants: dict[str, Tensor], may_judge: bool, deadline: Deadline, report: Report
+    job: Job, constants: dict[str, Tensor], may_judge: bool, doubt: Finding | None,
+    deadline: Deadline, report: Report,
 ) -> None:
     """Whether a short training beats the best constant on samples that it has not seen, and
     whether its data come as fast as it learns.
@@ -39,8 +42,9 @@ def check_held_out(
     Args:
         constants: by task, the best constant output.
         may_judge: else only the time is measured.
+        doubt: what is the matter if the net fails here, too.
     """
-    held_out = _held_out(job)
+    held_out = _held_out(job, report)
     total = _LOOKS[-1] if may_judge else _TIMED_STEPS + 2
     attempt = _attempt(job, held_out, constants, total, may_judge, 1.0, deadline)
     _judge_time(job, attempt.waits, attempt.works, report)
@@ -62,11 +66,22 @@ def check_held_out(
     if step < _LOOKS[-1] and (seen < 1 or step < _FEWEST_STEPS):
         report.cut(f"held-out samples: {step} steps, {seen:.2f} epochs, not judged")
         return
+    if doubt is not None:
+        report.findings.append(doubt)
+        return
     behind = (f"after {step} steps ({seen:.1f} epochs) the net is no better on {size} validation "
               "samples than the best constant output (by "
               + ", ".join(f"{attempt.latest[name]:.1f} standard errors for {name}"
                           for name in failed) + f"; {_ERRORS:g} are asked for)")
     rate = max(group["lr"] for group in job.optimizer.param_groups)
+    if rate * job.weight_decay * step > _MUCH_DECAY and not deadline.is_over:
+        other = _attempt(job, held_out, constants, total, True, 1.0, deadline, decays=False)
+        if min(other.latest.values(), default=0.0) > _ERRORS:
+            report.error(
+                "weight decay too high", f"with a weight decay of {job.weight_decay:g}, {behind}; "
+                f"without it, it is, by {min(other.latest.values()):.1f}",
+                f"--optim.weight_decay {min(USUAL_DECAY, job.weight_decay / 100):g}")
+            return
     for factor in _LOWER_RATES:
         if deadline.is_over:
             report.cut("held-out samples: no lower rate was tried")
@@ -90,7 +105,7 @@ def check_held_out(
 
 
 @dataclass
-class _Attempt:
+class Attempt:
     """What came of a short training."""
 
     waits: list[float] = field(default_factory=list)
@@ -99,6 +114,8 @@ class _Attempt:
     losses: list[float] = field(default_factory=list)
     looks: list[dict[str, float]] = field(default_factory=list)
     """By task: standard errors by which the net is ahead of the constant."""
+    ranked: dict[str, float] = field(default_factory=dict)
+    """By task with numbers: standard errors by which their ranks follow the outputs' at last."""
     constant: float = math.inf
     """The loss of the best constants."""
 
@@ -112,33 +129,37 @@ class _Attempt:
 
     def failed(self) -> list[str]:
         """Tasks that are not learnt. What was ahead and is not any more is overfitted, if the
-        training loss has fallen meanwhile; a rate that is too high spoils both."""
+        training loss has fallen meanwhile; a rate that is too high spoils both. Of numbers with a
+        heavy tail a few decide on the mean loss, and the ranks tell whether they follow."""
         end = median(self.losses[-_END_STEPS:])
         has_fallen = math.isfinite(end) and end < _FALLEN_SHARE * self.constant
         # A weak but real dependence in a small split may not reach 3 errors, but stays above 1.
+        best = {name: max(self.ranked.get(name, 0.0), *(look[name] for look in self.looks))
+                for name in self.latest}
         return [name for name, score in self.latest.items() if score <= _DOUBTFUL_ERRORS
-                and not (has_fallen and max(look[name] for look in self.looks) > _ERRORS)]
+                and not (has_fallen and best[name] > _ERRORS)]
 
 
 def _attempt(
     job: Job, held_out: list[Batch], constants: dict[str, Tensor], total: int, is_judged: bool,
-    factor: float, deadline: Deadline,
-) -> _Attempt:
+    factor: float, deadline: Deadline, decays: bool = True,
+) -> Attempt:
     """A short training at a multiple of the job's rate, to its end or until it is ahead."""
-    attempt = _Attempt(constant=sum(
+    attempt = Attempt(constant=sum(
         task.weight * baseline.loss_of_constant(
             task, constants[task.name].cpu(), {
                 name: torch.cat([batch.targets[name].cpu() for batch in held_out])
                 for name in [task.name]})
         for task in job.tasks))
     with job.untouched(uses_dropout=True):
-        for wait, work, loss in _train(job, total, factor):
+        for wait, work, loss in _train(job, total, factor, decays):
             attempt.waits.append(wait)
             attempt.works.append(work)
             attempt.losses.append(loss)
             step = attempt.num_steps
             if is_judged and (step in _LOOKS or deadline.is_over):
-                attempt.looks.append(_compare(job, held_out, constants))
+                scores, attempt.ranked = _compare(job, held_out, constants)
+                attempt.looks.append(scores)
                 if step >= _FIRST_JUDGED and min(attempt.latest.values()) > _ERRORS:
                     break
             if deadline.is_over:
@@ -146,7 +167,9 @@ def _attempt(
     return attempt
 
 
-def _train(job: Job, total: int, factor: float) -> Iterator[tuple[float, float, float]]:
+def _train(
+    job: Job, total: int, factor: float, decays: bool
+) -> Iterator[tuple[float, float, float]]:
     """Steps as in the script; yields the seconds that each waited for data and worked, and the
     loss."""
     steps = job.steps()
@@ -164,19 +187,23 @@ def _train(job: Job, total: int, factor: float) -> Iterator[tuple[float, float, 
             loss = job.loss(inputs, targets, micro_batches, mix)
             loss.backward()
             lost += float(loss.detach())
-        job.update(factor * min(1.0, (step + 1) / _WARMUP_STEPS))
+        job.update(factor * min(1.0, (step + 1) / _WARMUP_STEPS), decays)
         if job.device.type == "cuda":
             torch.cuda.synchronize(job.device)
         yield waited, time.perf_counter() - began - waited, lost
 
 
-def _held_out(job: Job) -> list[Batch]:
-    """Validation samples, evenly spread."""
+def _held_out(job: Job, report: Report) -> list[Batch]:
+    """Validation samples, evenly spread, as many as there is time for."""
     split = job.dataset.validation
     inputs, _ = split.read(np.arange(1))
     most = max(job.options.batch.micro_size if job.options.batch.micro_size != "auto" else 1,
                min(_HELD_OUT, _HELD_OUT_BYTES // max(1, 4 * inputs.numel())))
-    chosen = np.unique(np.linspace(0, len(split) - 1, min(most, len(split))).round().astype(int))
+    wanted = min(most, len(split))
+    most = job.pace.held_out(wanted)
+    if most < wanted:
+        report.cut(f"held-out samples: {most} of {wanted}")
+    chosen = np.unique(np.linspace(0, len(split) - 1, most).round().astype(int))
     size = max(1, min(job.options.batch.eval_size, len(chosen)))
     lists = [chosen[start : start + size] for start in range(0, len(chosen), size)]
     batches = split.batches(lists, job.device)
@@ -186,8 +213,11 @@ def _held_out(job: Job) -> list[Batch]:
 @torch.no_grad()
 def _compare(
     job: Job, held_out: list[Batch], constants: dict[str, Tensor]
-) -> dict[str, float]:
-    """By task: the mean by which the net's losses are below the constant's, in standard errors."""
+) -> tuple[dict[str, float], dict[str, float]]:
+    """By task: the mean by which the net's losses are below the constant's, in standard errors;
+    of numbers, also how far their ranks follow those of the outputs, likewise."""
+    pairs: dict[str, list[tuple[Tensor, Tensor]]] = {
+        task.name: [] for task in job.tasks if task.kind == "regression"}
     differences: dict[str, list[Tensor]] = {task.name: [] for task in job.tasks}
     modes = [(module, module.training) for module in job.module.modules()]
     job.module.eval()
@@ -199,6 +229,8 @@ def _compare(
             constant, _ = mean(baseline.constant_losses(
                 task, constants[task.name].to(job.device), batch.targets))
             differences[task.name].append((constant - own)[has_items])
+            if task.name in pairs:
+                pairs[task.name].append((task.pick(output), batch.targets[task.name]))
     for module, mode in modes:
         module.training = mode
     scores = {}
@@ -207,7 +239,22 @@ def _compare(
         error = values.std() / math.sqrt(max(1, len(values)))
         scores[name] = float(values.mean() / error.clamp(min=1e-12)) if len(values) > 1 else 0.0
         scores[name] = scores[name] if math.isfinite(scores[name]) else -math.inf
-    return scores
+    return scores, {name: rank_score(*map(torch.cat, zip(*parts, strict=True)))
+                    for name, parts in pairs.items()}
+
+
+def rank_score(output: Tensor, target: Tensor) -> float:
+    """Spearman's correlation in its standard errors, the mean over the numbers of a target."""
+    scores = []
+    for own, wanted in zip(output.flatten(1).T, target.flatten(1).T, strict=True):
+        is_there = wanted.isfinite() & own.isfinite()
+        both = torch.stack([own[is_there].double(), wanted[is_there].double()])
+        if both.shape[1] < 2 or not (both.min(1).values < both.max(1).values).all():
+            scores.append(0.0)
+            continue
+        ranks = both.argsort(1).argsort(1).double()
+        scores.append(float(torch.corrcoef(ranks)[0, 1]) * math.sqrt(both.shape[1] - 1))
+    return sum(scores) / len(scores)
 
 
 def _judge_time(job: Job, waits: list[float], works: list[float], report: Report) -> None:
@@ -220,7 +267,7 @@ def _judge_time(job: Job, waits: list[float], works: list[float], report: Report
                 "net and the optimizer")
     if wait > _SLOW_FACTOR * work and wait > _SLOW_SECONDS:
         split = job.dataset.train
-        more = max(1, round(2 * max(1, split.workers) * wait / work))
+        more = max(1, round(2 * max(1, split.workers) * wait / max(work, 1e-6)))
         report.warning(
             "slow data", f"a step waits {1000 * wait:.1f} ms for its data and works "
             f"{1000 * work:.1f} ms",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from trainlib import plan
+from trainlib.diagnosis.findings import Deadline
+from trainlib.diagnosis.pace import Pace
 
 if TYPE_CHECKING:
     from trainlib.data import Dataset
@@ -30,6 +32,11 @@ class Batch(NamedTuple):
     samples: np.ndarray
     inputs: Tensor
     targets: dict[str, Tensor]
+
+    def first(self, size: int) -> Batch:
+        """Of so many samples."""
+        targets = {name: target[:size] for name, target in self.targets.items()}
+        return Batch(self.samples[:size], self.inputs[:size], targets)
 
 
 @dataclass(frozen=True)
@@ -48,11 +55,18 @@ class Job:
     layers: dict[str, str]
     """The layer of each parameter, by name."""
     device: torch.device
+    pace: Pace = field(default_factory=Pace)
+
+    @property
+    def wanted_size(self) -> int:
+        """Samples of a micro-batch, if time is of no account."""
+        size = self.options.batch.micro_size
+        return min(_AUTO_SIZE, self.options.batch.global_size) if size == "auto" else size
 
     @property
     def micro_size(self) -> int:
-        size = self.options.batch.micro_size
-        return min(_AUTO_SIZE, self.options.batch.global_size) if size == "auto" else size
+        """Samples of a micro-batch that is tried."""
+        return self.pace.micro_size(self.wanted_size)
 
     @cached_property
     def items(self) -> dict[str, Tensor]:
@@ -68,14 +82,19 @@ class Job:
 
     # ---- data ----
 
-    def first_batches(self, most: int) -> list[Batch]:
-        """The first micro-batches of the run, without augmentation."""
+    def first_batches(self, most: int, deadline: Deadline) -> list[Batch]:
+        """The first micro-batches of the run, without augmentation: at least one, and as many as
+        there is time for."""
         size = self.micro_size
         order = plan.BatchPlan(len(self.dataset.train), size, self.options.seed)
         chosen = [order.samples(step) for step in range(min(most, -(-len(self.dataset.train)
                                                                     // size)))]
-        batches = self.dataset.train.batches(chosen, self.device)
-        return [Batch(samples, *batch) for samples, batch in zip(chosen, batches, strict=True)]
+        batches, read = self.dataset.train.batches(chosen, self.device), []
+        for samples, batch in zip(chosen, batches, strict=True):
+            read.append(Batch(samples, *batch))
+            if deadline.is_over:
+                break
+        return read
 
     def steps(self) -> Iterator[list[np.ndarray]]:
         """The samples of each step's micro-batches, of which at most a few are taken."""
@@ -83,8 +102,11 @@ class Job:
         order = plan.BatchPlan(len(self.dataset.train), batch.global_size, self.options.seed)
         while True:
             samples = order.samples(number)
-            starts = range(0, len(samples), self.micro_size)[:_MICRO_BATCHES]
-            yield [samples[start : start + self.micro_size] for start in starts]
+            size = self.micro_size
+            most = self.pace.micro_batches(_MICRO_BATCHES, size)
+            # The rest of a step that was divided for want of time is none that the run has.
+            end = len(samples) if size == self.wanted_size else len(samples) // size * size
+            yield [samples[start : start + size] for start in range(0, end, size)[:most]]
             number += 1
 
     # ---- model ----
@@ -111,8 +133,9 @@ class Job:
         is_spared = any(self.arguments(batch.targets))
         return self.module(batch.inputs[:2] if is_spared else batch.inputs)
 
-    def update(self, factor: float) -> None:
-        """Clips as the script does, and steps at a multiple of the job's learning rate."""
+    def update(self, factor: float, decays: bool = True) -> None:
+        """Clips as the script does, and steps at a multiple of the job's learning rate, with or
+        without its weight decay."""
         trained = [p for p in self.module.parameters() if p.grad is not None]
         optim = self.options.optim
         if optim.max_grad_norm is not None:
@@ -120,13 +143,22 @@ class Job:
         if optim.max_grad_value is not None:
             torch.nn.utils.clip_grad_value_(trained, optim.max_grad_value)
         groups = self.optimizer.param_groups
-        rates = [group["lr"] for group in groups]
+        before = [dict(group) for group in groups]
         for group in groups:
             group["lr"] *= factor
-        self.optimizer.step()
-        for group, rate in zip(groups, rates, strict=True):
-            group["lr"] = rate
+            if not decays and "weight_decay" in group:
+                group["weight_decay"] = 0.0
+        try:
+            self.optimizer.step()
+        finally:
+            for group, former in zip(groups, before, strict=True):
+                group |= {name: former[name] for name in ("lr", "weight_decay") if name in former}
         self.optimizer.zero_grad(set_to_none=True)
+
+    @property
+    def weight_decay(self) -> float:
+        """The largest of all parameters."""
+        return max(float(group.get("weight_decay") or 0) for group in self.optimizer.param_groups)
 
     def seed(self, number: int) -> None:
         """Makes what is random from here on depend on the job's seed alone."""

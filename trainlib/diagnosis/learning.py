@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from trainlib.diagnosis import baseline
-from trainlib.diagnosis.findings import Deadline, Report, number, some
+from trainlib.diagnosis.findings import ERROR, Deadline, Finding, Report, number, some
 from trainlib.diagnosis.job import Batch, Job
 from trainlib.layer_gradients import EXPLODING_NORM, VANISHING_NORM, VANISHING_SHARE
 
@@ -18,6 +18,10 @@ _EARLY_STEPS = 4  # in which every layer should have had a gradient
 # Of the loss at the start: a small net cannot learn a batch by heart, but some of it.
 _LEARNT_SHARE, _DOUBTFUL_SHARE, _FAILED_SHARE = 0.2, 0.5, 0.8
 _DIVERGED_FACTOR = 10
+USUAL_DECAY = 0.01
+"""What is advised in place of one that is too high, or less."""
+_FELT_DECAY = 0.1  # rate times decay, of all steps
+_AHEAD_SHARE = 0.05  # of the best constant's loss on the batch: a net too small may learn no more
 EXPLAINING = {
     "inputs not normalised", "one column dominates", "initial loss", "dead units",
     "constant parameters", "constant output", "probabilities as output", "frozen by mistake",
@@ -41,6 +45,15 @@ class Trial:
     floor: float = 0.0
     reference: float = math.inf
     is_cut: bool = False
+    constant: float = math.inf
+    """What the best constant output loses on the batch."""
+
+    @property
+    def is_ahead(self) -> bool:
+        """Whether the loss has fallen to where no constant output comes, as it would with inputs
+        that are used, though the net be too small to learn all by heart."""
+        end, above = max(self.losses[-3:]), self.constant - self.floor
+        return end < self.losses[0] and self.constant - end > _AHEAD_SHARE * above
 
     @property
     def share(self) -> float:
@@ -59,12 +72,14 @@ class Trial:
 
 
 def learn_by_heart(
-    job: Job, batch: Batch, reference: float, factor: float, deadline: Deadline
+    job: Job, batch: Batch, reference: float, factor: float, deadline: Deadline,
+    decays: bool = True,
 ) -> Trial:
     """The job's optimizer on one micro-batch again and again, at a multiple of its rate.
 
     Args:
         reference: the loss of outputs of 0.
+        decays: with the job's weight decay.
     """
     trial = Trial(reference=reference, floor=sum(
         task.weight * baseline.floor(task, batch.targets) for task in job.tasks))
@@ -82,7 +97,7 @@ def learn_by_heart(
             loss.backward()
             if step < _EARLY_STEPS:
                 _note_gradients(job, trained, trial)
-            job.update(factor * min(1.0, (step + 1) / _WARMUP_STEPS))
+            job.update(factor * min(1.0, (step + 1) / _WARMUP_STEPS), decays)
             if step == _EARLY_STEPS - 1 and len(batch.inputs) > 1:
                 trial.spread = _spread(job, batch)
     return trial
@@ -155,8 +170,12 @@ def check_gradients(job: Job, trial: Trial, report: Report) -> None:
 
 def check_learning(
     job: Job, batch: Batch, reference: float, trial: Trial, deadline: Deadline, report: Report
-) -> bool:
-    """Whether one micro-batch can be learnt by heart; if not, at which rate it can."""
+) -> tuple[bool, Finding | None]:
+    """Whether the net may be judged on samples that it has not seen, and what there is to say if
+    it knows nothing of them either.
+
+    A micro-batch that is not learnt by heart is tried without weight decay and at other rates.
+    """
     rate = max(group["lr"] for group in job.optimizer.param_groups)
     steps = len(trial.losses) - 1
     said = (f"from {number(trial.losses[0])} to {number(trial.losses[-1])} in {steps} "
@@ -164,12 +183,29 @@ def check_learning(
     report.fact("one batch by heart", f"loss {said} ({len(batch.samples)} samples)")
     if trial.is_cut and not trial.has_diverged and trial.share > _DOUBTFUL_SHARE:
         report.cut(f"one batch by heart: {len(trial.losses)} of {_STEPS} steps, not judged")
-        return trial.share <= _FAILED_SHARE
+        return trial.share <= _FAILED_SHARE, None
+    trial.constant = sum(
+        task.weight * baseline.loss_of_constant(
+            task, baseline.best_constant(task, batch.targets, prior=1e-3), batch.targets)
+        for task in job.tasks)
     if not trial.has_diverged and trial.share <= _DOUBTFUL_SHARE:
-        return True
+        return True, None
     if reasons := report.names & EXPLAINING:
         report.fact("learning", f"not judged: mend first {some(sorted(reasons))}")
-        return False
+        return False, None
+    decay = job.weight_decay
+    may_matter = decay > USUAL_DECAY or rate * decay * _STEPS > _FELT_DECAY
+    if may_matter and not deadline.is_over:
+        other = learn_by_heart(job, batch, reference, 1.0, deadline, decays=False)
+        if other.has_learnt:
+            report.error(
+                "weight decay too high", f"the loss on one micro-batch goes {said} with a weight "
+                f"decay of {decay:g}; without it, it falls to "
+                f"{number(other.losses[-1])}", "--optim.weight_decay "
+                f"{min(USUAL_DECAY, decay / 100):g}")
+            return False, None
+    if not trial.has_diverged and trial.is_ahead:
+        return True, None
     lower, higher = [10.0**-k for k in range(1, 8)], [10.0**k for k in range(1, 8)]
     is_stuck = not trial.has_diverged and trial.share > _FAILED_SHARE
     factors = lower if trial.has_diverged else [*lower[:2], *(higher if is_stuck else [])]
@@ -181,7 +217,7 @@ def check_learning(
         if other.has_learnt and job.options.optim.lr is None:
             report.fact("learning rate", f"auto; at {rate * factor:g} the loss falls to "
                         f"{number(other.losses[-1])}")
-            return False
+            return False, None
         if other.has_learnt:
             what, how = ("too high", "rises") if trial.has_diverged else (
                 "too high" if factor < 1 else "too low", "goes")
@@ -191,17 +227,17 @@ def check_learning(
                 # What one batch bears is more than a run does.
                 f"--optim.lr {rate * factor * (0.1 if trial.has_diverged else 1):g}, or have it "
                 "found: --optim.lr auto")
-            return False
+            return False, None
     if not (trial.has_diverged or is_stuck):
-        return True
+        return True, None
     if trial.has_diverged:
         report.error("learning rate too high", f"the loss on one micro-batch diverges, {said}, and "
                      "at no lower rate that was tried is it learnt by heart",
                      "--optim.lr auto; then look at the other findings")
-    else:
-        report.error(
-            "does not learn", f"the loss on one micro-batch goes {said}; it should fall below "
-            f"{_FAILED_SHARE:.0%}, and does at no other rate that was tried",
-            "mend the other findings first; then look for detached tensors, a softmax before the "
-            "loss, frozen layers, or a net too small")
-    return False
+        return False, None
+    return True, Finding(
+        ERROR, "does not learn", f"the loss on one micro-batch goes {said}; it should fall below "
+        f"{_FAILED_SHARE:.0%}, and does at no other rate that was tried, nor is the net ahead of "
+        "the best constant output on validation samples after a short training",
+        "mend the other findings first; then look for detached tensors, a softmax before the "
+        "loss, frozen layers, or a net too small")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,6 @@ from pydantic import AfterValidator
 from trainlib import durable
 from trainlib.profiling.parts import REST, Parts
 from trainlib.profiling.trace import Operator, device_parts, operators
-from trainlib.schedule import check_duration, duration_steps
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -32,25 +32,50 @@ WARMUP_STEPS = 5  # before it, which load and compile
 MAX_STEPS = 50  # the trace of more is too large to look at, and to hold
 TABLE, TRACE = "profile.txt", "profile.trace.json.gz"
 _NUM_OPERATORS = 15
-ProfiledSteps = Annotated[str, AfterValidator(check_duration)] | None
+_STEPS = re.compile(r"\s*([0-9]{1,15})\s*steps?\s*", re.IGNORECASE)
+
+
+def check_steps(text: str) -> str:
+    """``text`` itself if it reads like ``"20 steps"``.
+
+    Raises:
+        ValueError: it does not, or means none.
+    """
+    match = _STEPS.fullmatch(text)
+    if match is None or int(match[1]) < 1:
+        raise ValueError(f'a profile is of one step or more, as "20 steps"; {text!r} is none')
+    return text
+
+
+ProfiledSteps = Annotated[str, AfterValidator(check_steps)] | None
 
 
 def profile_steps(
-    duration: str | None, folder: RunFolder, watchdog: Watchdog, accelerator: Accelerator,
+    wanted: str | None, folder: RunFolder, watchdog: Watchdog, accelerator: Accelerator,
     sums: StepSums, reader: Reader, batch_statistics: BatchStatistics,
-    optimizer: torch.optim.Optimizer, lengths: tuple[int, int, int], say: Callable[..., object],
-    teachers: Any = None,
+    optimizer: torch.optim.Optimizer, say: Callable[..., object], teachers: Any = None,
 ) -> None:
     """Has the main process take a profile of steps to come, if one is asked for.
 
+    A profile that it replaces, or of a run that was here before, goes, lest it be taken for one of
+    this run when none is written.
+
     Args:
+        wanted: how many, as "20 steps".
         watchdog: is told when a step begins and when it ends.
-        lengths: samples, samples in a global batch, steps of the run.
         teachers: of a distillation.
     """
-    if duration is None or not accelerator.is_main_process:
+    if not accelerator.is_main_process:
         return
-    num_steps = max(1, duration_steps(duration, *lengths))
+    if wanted is not None or folder.step == 0:
+        for name in (TABLE, TRACE):
+            try:
+                (folder.path / name).unlink(missing_ok=True)
+            except OSError as error:
+                say(f"{name}: that of an earlier profile is not removed ({_reason(error)})")
+    if wanted is None:
+        return
+    num_steps = int(_STEPS.fullmatch(wanted)[1])
     if num_steps > MAX_STEPS:
         say(f"profile: {num_steps} steps were asked for, and it holds {MAX_STEPS} at most")
 
