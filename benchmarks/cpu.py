@@ -151,14 +151,14 @@ def installed(side: str) -> bool:
 
 # Tells when the first update begins, and ends the process there.
 PROBE = """
-import os, runpy, sys, time
+import json, os, runpy, sys, time
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 sys.argv = sys.argv[1:]
 sys.path.insert(0, os.path.dirname(os.path.abspath(sys.argv[0])))
 def first(*_):
     with open(os.environ["PROBE_OUT"], "w") as file:
         packages = {name.partition(".")[0] for name in sys.modules}
-        file.write(repr((time.time(), sorted(packages))))
+        json.dump([time.time(), sorted(packages)], file)
     os._exit(0)
 register_optimizer_step_pre_hook(first)
 runpy.run_path(sys.argv[0], run_name="__main__")
@@ -195,14 +195,14 @@ def start_up(rounds: int) -> list[results.Row]:
             nonlocal number
             number += 1
             out = folder / f"out{number}"
-            command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--cpu",
-                       str(folder / "probe.py"), str(script), *flags]
+            command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch",
+                       "--cpu", str(folder / "probe.py"), str(script), *flags]
             begin = time.time()
             result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True,
                                     env=os.environ | {"PROBE_OUT": str(out)})
             if not out.exists():
                 raise RuntimeError(result.stdout + result.stderr)
-            end, packages = eval(out.read_text())
+            end, packages = json.loads(out.read_text())
             return end - begin, packages
 
         def ours() -> tuple[float, list[str]]:
