@@ -14,7 +14,6 @@ the scripts, not copied.
 """
 
 import argparse
-import ast
 import os
 import statistics
 import sys
@@ -30,7 +29,7 @@ sys.path.insert(0, str(ROOT))
 os.environ["ACCELERATE_USE_CPU"] = "true"
 
 import distill  # noqa: E402
-from benchmarks.step_time import script_function  # noqa: E402
+from benchmarks.loops import script_functions  # noqa: E402
 from trainlib import data, distillation, models, optim, plan, runtime, shards, tasks  # noqa: E402
 from trainlib.augment import Augment  # noqa: E402
 from trainlib.batchnorm import BatchStatistics  # noqa: E402
@@ -170,9 +169,7 @@ def step_side(job: Job, script: str, cache_dir: str | None = None) -> Callable[[
         "batch_statistics": batch_statistics, "guard": guard, "requests": job.requests,
         "seed_generators": runtime.make_seeder(accelerator.device),
     }
-    functions = [script_function(script, name) for name in FUNCTIONS[script]]
-    exec(compile(ast.Module(functions, []), script, "exec"), names)
-    train_step = names["train_step"]
+    train_step = script_functions(script, FUNCTIONS[script], names)["train_step"]
 
     def run(num_steps: int) -> float:
         start = time.process_time()

@@ -9,6 +9,7 @@ wherever that micro-batch runs. Of the targets only masks change, with the pixel
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -185,11 +186,21 @@ class Augment:
     images, and what a crop leaves is ignored. A step still divides by its pixels before that."""
     ignored: int = -100  # the class number of such pixels
 
-    @torch.no_grad()
+    @cached_property
+    def _is_on(self) -> bool:
+        return any((self.rotation, self.crop, self.flip, self.brightness, self.contrast,
+                    self.function, self.cutout, self.mixup, self.cutmix))
+
     def __call__(
         self, inputs: Tensor, targets: dict[str, Tensor]
     ) -> tuple[Tensor, dict[str, Tensor], Mix | None]:
         """A training micro-batch, augmented, and how its targets are mixed, if at all."""
+        return self._augmented(inputs, targets) if self._is_on else (inputs, targets, None)
+
+    @torch.no_grad()
+    def _augmented(
+        self, inputs: Tensor, targets: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor], Mix | None]:
         if self.masks and (self.crop or self.flip):
             # As further channels, so that pixels stay together; 0, which is behind a crop, is
             # the ignored class there.

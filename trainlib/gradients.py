@@ -152,8 +152,9 @@ class StepSums:
     def add(self, name: str, values: list[Tensor], is_real: bool) -> None:
         """Adds scalars to a named part, one an element; those of a repetition are left out."""
         if is_real:
-            for total, value in zip(self.parts[name].unbind(), values, strict=True):
-                total += value.detach()
+            # One operation for all: each costs microseconds.
+            self.parts[name].add_(values[0].detach() if len(values) == 1 else
+                                  torch.stack([value.detach() for value in values]))
 
     def add_gradients(self, is_real: bool) -> None:
         """Moves one micro-batch's gradients into the exact sum; otherwise leaves them to DDP."""

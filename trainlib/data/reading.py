@@ -157,19 +157,18 @@ class Reader:
 
     def take(self, step: int) -> list[MicroBatch]:
         """The micro-batches of one step; steps may be asked for in any order."""
-        inputs = self.split.inputs
+        drawn, on_device = self._drawn(step)
         if not self.split.is_on(self.device):
             batches = self._from_stream(step)
         else:
-            samples = self._samples(step)
             batches = []
             for assignment in self.assignments:
-                chosen = samples[assignment.slots]
+                chosen = on_device[assignment.slots]
                 targets = {name: stored.index_select(0, chosen)
                            for name, stored in self.split.targets.items()}
-                batches.append((model_inputs(inputs.index_select(0, chosen)),
+                batches.append((model_inputs(self.split.inputs.index_select(0, chosen)),
                                 self.split.task_targets(targets)))
-        last, drawn = len(self.assignments) - 1, self._drawn(step)
+        last = len(self.assignments) - 1
         return [
             MicroBatch(assignment.micro_batch, assignment.is_real, index == last,
                        drawn[assignment.slots], *batch)
@@ -187,18 +186,14 @@ class Reader:
         return {name: self._constant_counts.get(name) or int(counts[samples].sum())
                 for name, counts in self.items.items()}
 
-    def _drawn(self, step: int) -> np.ndarray:
-        """[global_size] samples of a step, planned in blocks."""
+    def _drawn(self, step: int) -> tuple[np.ndarray, Tensor]:
+        """[global_size] samples of a step, on the host and on the device, planned and copied in
+        blocks."""
         number, offset = divmod(step, self.plan.steps_per_block)
         if number != self._block_number:
             self._block, self._block_number = self.plan.block(number), number
             self._on_device = torch.from_numpy(self._block).to(self.device)
-        return self._block[offset]
-
-    def _samples(self, step: int) -> Tensor:
-        """The same on the device, where they were copied in blocks, too."""
-        self._drawn(step)
-        return self._on_device[step % self.plan.steps_per_block]
+        return self._block[offset], self._on_device[offset]
 
     def _from_stream(self, step: int) -> list[tuple[Tensor, dict[str, Tensor]]]:
         """The next step of a stream that decodes ahead; another step than the next restarts it."""
