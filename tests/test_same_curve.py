@@ -1,13 +1,18 @@
 """One recipe gives the same weights on any number of processes; real processes, real files."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from launching import assert_same_run, launch, load, losses, records, train, weights
+from matplotlib.axes import Axes
+from PIL import Image
 from poisoned_train import poisoned_sample
 from safetensors.torch import load_file
 from warm import fork
+
+from benchmarks import peer_curve, same_curve
 
 SHORT = ["--loop.duration", "60 steps", "--log.every", "1", "--batch.micro_size", "16"]
 WITHOUT_DROPOUT = ["--loop.duration", "60 steps", "--log.every", "1", "--model.args.dropout", "0"]
@@ -121,3 +126,52 @@ def test_ten_bad_steps_in_a_row_end_the_run_with_code_3(tmp_path):
     assert result.returncode == 3 and "Traceback" not in result.stderr
     assert json.loads((tmp_path / "run" / "exit.json").read_text())["code"] == 3
     assert len((tmp_path / "run" / "bad_steps.jsonl").read_text().splitlines()) == 10
+
+
+# ---- the benchmark of the same name, and the peers' side of it ----
+
+def test_a_peer_trains_the_benchmarks_job_and_leaves_losses_and_weights(tmp_path):
+    training = same_curve.train_peer(tmp_path / "run", "accelerate", "mlp", processes=1, steps=2)
+    fresh = peer_curve.job("mlp").build(torch.device("cpu")).state_dict()
+    assert training.weights.keys() == fresh.keys()
+    assert not training.weights["1.weight"].equal(fresh["1.weight"])
+    # Four micro-batches from fresh weights: near the loss of ten equally likely classes.
+    assert len(training.losses) == 2
+    assert training.losses[0] == pytest.approx(torch.tensor(10.0).log().item(), abs=0.3)
+
+
+def made_training(shift: float = 0.0) -> same_curve.Training:
+    weights = {"weight": torch.zeros(3) + 2 * shift, "running_mean": torch.ones(2) + 3 * shift}
+    return same_curve.Training([2.0, 1.5, 1.0 + shift], str(shift), weights)
+
+
+def made_trainings(ours_shift: float = 0.0) -> same_curve.Trainings:
+    """Ours on three process counts, and a peer's on two, which differ by 0.25."""
+    return {
+        (loop, job): {1: made_training(), 2: made_training(shift), **more}
+        for loop, shift, more in ((same_curve.OURS, 0.0, {3: made_training(ours_shift)}),
+                                  ("Lightning", 0.25, {}))
+        for job in same_curve.PEER_JOBS
+    }
+
+
+def test_the_benchmark_judges_every_bit_of_ours_and_none_of_the_peers():
+    trainings = made_trainings()
+    assert same_curve.is_same(trainings)
+    lines = same_curve.table(trainings).splitlines()
+    assert lines[1].split()[-5:] == ["1,", "2", "0.0e+00", "0.0e+00", "0.0e+00"]
+    assert lines[-1].split()[-5:] == ["1,", "2", "2.5e-01", "5.0e-01", "7.5e-01"]
+    assert not same_curve.is_same(made_trainings(ours_shift=1e-12))
+    first = trainings[same_curve.OURS, same_curve.RESNET]
+    first[2] = replace(first[2], digest="of a buffer that differs")
+    assert not same_curve.is_same(trainings)
+
+
+def test_the_benchmarks_picture_has_a_column_for_each_loop(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(Axes, "text", lambda axes, x, y, text, **style: said.append(text))
+    monkeypatch.setattr(Axes, "set_title", lambda axes, title: said.append(title))
+    same_curve.draw(made_trainings(), tmp_path / "picture.png")
+    assert said == [same_curve.OURS, "exactly 0\nat every step,\nboth nets", "Lightning"]
+    with Image.open(tmp_path / "picture.png") as image:
+        assert image.width > image.height and len(image.getcolors()) > 8
