@@ -24,10 +24,10 @@ class SpeedNet(nn.Module):
         mirrors: in evaluation, average the logits of an image and of its mirror image.
 
     Shape, pooling, identity kernels, fast biases and the small head follow Jordan 2024 (airbench94,
-    arXiv:2404.00498), whose first layer whitens patches by their covariance on the data. Here it
-    needs no data: the cosine transform of a patch over rows, columns and colours nearly decorrelates
-    natural images (Ahmed et al. 1974, doi:10.1109/T-C.1974.223784), and a norm gives each
-    coefficient deviation 1.
+    arXiv:2404.00498), whose first layer whitens patches by their covariance on the data. Here that
+    needs no data: the cosine transform of a patch over rows, columns and colours nearly
+    decorrelates natural images (Ahmed et al. 1974, doi:10.1109/T-C.1974.223784), and a norm gives
+    each coefficient deviation 1.
     """
 
     def __init__(
