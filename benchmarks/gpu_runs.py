@@ -175,6 +175,8 @@ def over_gloo(*flags: str) -> None:
     import train
 
     torch.distributed.init_process_group("gloo")
+    # Or Accelerate would hand DDP a GPU of each process's own.
+    os.environ["ACCELERATE_BYPASS_DEVICE_MAP"] = "true"
     sys.argv = ["train.py", *flags]
     runtime.run(train.main)
 
