@@ -60,7 +60,10 @@ class SpeedNet(nn.Module):
         patches = self.whiten(functional.conv2d(images, self.kernels))
         features = torch.cat((patches, -patches), 1) + self.bias[:, None, None]
         features = self.stages(functional.gelu(features))
-        return self.head(features.amax((2, 3))) * self.head_scale
+        # Not amax, whose backward looks for the maximum again: compiled, in bf16, it finds none
+        # where the values were rounded otherwise, and divides 0 by 0.
+        largest = functional.max_pool2d(features, features.shape[2:])
+        return self.head(largest.flatten(1)) * self.head_scale
 
 
 class Stage(nn.Module):
