@@ -1,6 +1,7 @@
 """The benchmarks that need a GPU run in a tiny form without one, and count what they say."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -82,3 +83,17 @@ def test_the_speedruns_net_starts_from_a_rotation_and_sees_mirrors_alike():
     net.eval()
     assert torch.allclose(net(images), net(images.flip(3)), atol=1e-6)
     assert not torch.allclose(net._logits(images), net._logits(images.flip(3)), atol=1e-3)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_the_speedruns_net_has_gradients_compiled_in_bf16():
+    """A maximum that is looked for again in the backward pass may not be found there."""
+    from recipes.speedrun_net import SpeedNet
+
+    torch.manual_seed(0)
+    net = SpeedNet(3, 10, widths=(16, 16, 16)).to(memory_format=torch.channels_last)
+    net.compile(dynamic=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = net(torch.randn(4, 3, 32, 32).contiguous(memory_format=torch.channels_last))
+    output.float().square().mean().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in net.parameters())
