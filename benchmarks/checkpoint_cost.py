@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +23,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+os.environ |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"} | os.environ
 
 from trainlib import data, models, optim, plan, runtime  # noqa: E402
 from trainlib.checkpoint import CheckpointOptions, Checkpoints  # noqa: E402
@@ -51,17 +52,34 @@ def alternate(rounds: int, *sides: Callable[[], object]) -> list[float]:
     return [statistics.median(each) for each in times]
 
 
-def save_cost(folder: Path) -> None:
+@dataclass(frozen=True)
+class SaveCost:
+    """Of a save, in seconds; medians, but for the first."""
+
+    num_bytes: int
+    stall: float
+    copied: float
+    """One copy of the same tensors into host memory at hand."""
+    cloned: float
+    """One into new memory where they are."""
+    whole: float
+    """With the writing beside the loop."""
+    first: float
+    """The stall of the first save."""
+
+
+def save_cost(folder: Path, hidden: list[int] = HIDDEN, rounds: int = 21) -> SaveCost:
     """The stall of a save against one host copy of the same tensors."""
     accelerator = runtime.make_accelerator(False, 1)
-    options = models.ModelOptions(args={"hidden": HIDDEN})
-    module = models.build_model(models.complete(options, (1, 8, 8), 10))
+    options = models.ModelOptions(args={"hidden": hidden})
+    module = models.build_model(models.complete(options, (1, 8, 8), 10)).to(accelerator.device)
+    is_on_gpu = accelerator.device.type == "cuda"
     optimizer = optim.build_optimizer(optim.OptimOptions(), module)
     for parameter in module.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     sources = [*model_tensors(module).values(), *optimizer_state(optimizer, module)[0].values()]
-    copies = [source.clone() for source in sources]
+    copies = [torch.empty_like(source, device="cpu", pin_memory=is_on_gpu) for source in sources]
     checkpoints = Checkpoints(folder, accelerator, CheckpointOptions(every="1 step"), 10**6, 64,
                               {"batch.global_size": 64}, "")
     checkpoints.open(print, lambda: None)
@@ -69,23 +87,36 @@ def save_cost(folder: Path) -> None:
 
     def save() -> None:
         progress.step += 1
+        finish()
         started = time.perf_counter()
         checkpoints.save(module, optimizer, None, progress)
         stalls.append(time.perf_counter() - started)
         checkpoints.wait()
 
+    def finish() -> None:
+        if is_on_gpu:
+            torch.cuda.synchronize()
+
     def copy() -> None:
         for target, source in zip(copies, sources, strict=True):
             target.copy_(source)
 
+    def clone() -> None:
+        kept = [source.clone() for source in sources]
+        finish()
+        del kept
+
     save()
-    whole, copied, cloned = alternate(
-        21, save, copy, lambda: [source.clone() for source in sources])
-    stall = statistics.median(stalls[1:])
-    print(f"a save of {sum(source.nbytes for source in sources) / 1e6:.0f} MB stalls the loop for "
-          f"{stall * 1e3:.1f} ms: {stall / copied:.2f} of a copy into memory at hand, "
-          f"{stall / cloned:.2f} of one into new memory (aim: 1.2);\n  the first save "
-          f"{stalls[0] * 1e3:.0f} ms; with the writing beside the loop {whole * 1e3:.0f} ms")
+    whole, copied, cloned = alternate(rounds, save, copy, clone)
+    return SaveCost(sum(source.nbytes for source in sources), statistics.median(stalls[1:]),
+                    copied, cloned, whole, stalls[0])
+
+
+def say_save_cost(cost: SaveCost) -> None:
+    print(f"a save of {cost.num_bytes / 1e6:.0f} MB stalls the loop for {cost.stall * 1e3:.1f} ms: "
+          f"{cost.stall / cost.copied:.2f} of a copy into memory at hand, "
+          f"{cost.stall / cost.cloned:.2f} of one into new memory (aim: 1.2);\n  the first save "
+          f"{cost.first * 1e3:.0f} ms; with the writing beside the loop {cost.whole * 1e3:.0f} ms")
 
 
 def run_cost(folder: Path, source: str) -> None:
@@ -140,7 +171,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "noise.py").write_text(SYNTHETIC)
-        save_cost(folder / "save")
+        say_save_cost(save_cost(folder / "save"))
         plan_cost()
         run_cost(folder / "runs", options.cifar or f"{folder / 'noise.py'}:images")
 

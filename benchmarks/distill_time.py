@@ -9,8 +9,8 @@ is the step of train.py, ``teacher`` a bare forward pass over the inputs of a st
 step of distill.py with the teacher beside it and ``cached`` the one that reads its outputs from
 disk. They alternate in one process, each going first in every fourth round, and the order is
 turned round every other time; the figures are medians over the rounds of the ratio. Times are the
-processor's, so that other work on the machine counts little. Fence and objectives are read out of
-the scripts, not copied.
+processor's, so that other work on the machine counts little (on a GPU, for benchmarks/gpu.py, those
+of the clock). Fence and objectives are read out of the scripts, not copied.
 """
 
 import argparse
@@ -26,7 +26,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ["ACCELERATE_USE_CPU"] = "true"
+os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 
 import distill  # noqa: E402
 from benchmarks.loops import script_functions  # noqa: E402
@@ -103,10 +103,21 @@ class Job:
         )
 
 
+def now(device: torch.device) -> float:
+    """Seconds of the processor; of the clock where a GPU works, once it has done what it was given.
+    """
+    if device.type != "cuda":
+        return time.process_time()
+    torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 def teacher_side(job: Job) -> Callable[[int], float]:
     """Times the teacher alone on the inputs of so many steps, which are read before."""
     reader = job.reader({})
     [teacher] = job.teachers(job.student())
+    device = job.accelerator.device
+    teacher.to(device)
     first_step = 0
 
     def run(num_steps: int) -> float:
@@ -114,11 +125,11 @@ def teacher_side(job: Job) -> Callable[[int], float]:
         steps = range(first_step, first_step + num_steps)
         first_step += num_steps
         inputs = [micro_batch.inputs for step in steps for micro_batch in reader.take(step)]
-        start = time.process_time()
+        start = now(device)
         with torch.no_grad():
             for one in inputs:
                 teacher.module(one)
-        return time.process_time() - start
+        return now(device) - start
 
     return run
 
@@ -172,7 +183,7 @@ def step_side(job: Job, script: str, cache_dir: str | None = None) -> Callable[[
     train_step = script_functions(script, FUNCTIONS[script], names)["train_step"]
 
     def run(num_steps: int) -> float:
-        start = time.process_time()
+        start = now(accelerator.device)
         for _ in range(num_steps):
             lr = 1e-3 * lr_multiplier("cosine", state.step, 10**6, 100)
             grad_norm = train_step(state.step, lr)
@@ -181,7 +192,7 @@ def step_side(job: Job, script: str, cache_dir: str | None = None) -> Callable[[
             for record in readback.push(state.step, lr, sums["loss"], grad_norm, requested, False):
                 guard.observe(record, state)
                 job.requests.take(record.requests)
-        return time.process_time() - start
+        return now(accelerator.device) - start
 
     return run
 

@@ -125,3 +125,23 @@ def small_gpt() -> Job:
     options = models.ModelOptions(name="gpt", args={"depth": 2, "width": 96, "heads": 3})
     return Job("GPT (2 x 96), batch 32 x 128 bytes", lambda: random_tokens(2048, 128, 256),
                options, 32, "language_modeling")
+
+
+def resnet50(batch_size: int = 256, size: int = 224, num_micro_batches: int = 1) -> Job:
+    name = f"ResNet-50, {size}x{size}, batch {batch_size}"
+    name += f" in {num_micro_batches} micro-batches" if num_micro_batches > 1 else ""
+    options = models.ModelOptions(name=f"{ROOT}/benchmarks/nets.py:ResNet50", channels_last=True)
+    return Job(name, lambda: random_images(4 * batch_size, size, 1000), options, batch_size,
+               num_micro_batches=num_micro_batches, steps=10)
+
+
+def gpt2(
+    batch_size: int = 16, length: int = 1024, vocabulary: int = 50304, depth: int = 12,
+    width: int = 768,
+) -> Job:
+    """The shape of GPT-2 124M, unless told otherwise, with the vocabulary rounded up."""
+    name = f"GPT ({depth} x {width}), batch {batch_size} x {length} of {vocabulary} tokens"
+    args = {"depth": depth, "width": width, "heads": width // 64}
+    options = models.ModelOptions(name="gpt", args=args)
+    return Job(name, lambda: random_tokens(16 * batch_size, length, vocabulary), options,
+               batch_size, "language_modeling", steps=10)

@@ -261,6 +261,10 @@ def lightning(job: Job, device: torch.device, dtype: torch.dtype | None, compile
             inputs, targets = batch
             return job.loss(self.inner(model_inputs(inputs)).float(), targets)
 
+        def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+            if dtype is not None:  # in mixed precision Lightning clips for no fused optimizer
+                nn.utils.clip_grad_norm_(self.parameters(), MAX_NORM)
+
         def configure_optimizers(self) -> dict:
             optimizer = optim.build_optimizer(job.optimizer, self.inner)
             schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, peak_share)
@@ -278,7 +282,8 @@ def lightning(job: Job, device: torch.device, dtype: torch.dtype | None, compile
         pl.Trainer(
             accelerator="gpu" if device.type == "cuda" else "cpu", devices=1, max_epochs=-1,
             precision="bf16-mixed" if dtype == torch.bfloat16 else 32, logger=False,
-            gradient_clip_val=MAX_NORM, accumulate_grad_batches=job.num_micro_batches,
+            gradient_clip_val=MAX_NORM if dtype is None else None,
+            accumulate_grad_batches=job.num_micro_batches,
             enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
             callbacks=[Tick()],
         ).fit(Module(), loader)

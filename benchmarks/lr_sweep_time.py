@@ -20,13 +20,27 @@ FEW = 20
 
 
 def seconds(script: str, recipe: str, flags: list[str]) -> float:
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    environment = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"} | os.environ
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, script, "--recipe", f"recipes/{recipe}.yaml", "--run_dir",
                    f"{folder}/run", *flags]
         started = time.perf_counter()
         subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
         return time.perf_counter() - started
+
+
+def costs(recipe: str, points: int) -> dict[str, float]:
+    """Seconds of so many points of a sweep and of as many training steps, by script."""
+    # Rates at which nothing blows up, which would end the sweep before its time.
+    sweep = ["--sweep.lr_min", "1e-6", "--sweep.lr_max", "1e-3", "--sweep.steps"]
+    train = ["--log.trackers", "[]", "--log.every", "1000000", "--loop.eval_every", "1000000 steps",
+             "--checkpoint.every", "1000000 steps", "--loop.duration"]
+    cost = {}
+    for script, flags, unit in (("lr_find.py", sweep, ""), ("train.py", train, " steps")):
+        few, many = (seconds(script, recipe, [*flags, f"{count}{unit}"])
+                     for count in (FEW, FEW + points))
+        cost[script] = many - few
+    return cost
 
 
 def main() -> None:
@@ -36,17 +50,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--points", type=int, default=100)
     options = parser.parse_args()
-    # Rates at which nothing blows up, which would end the sweep before its time.
-    sweep = ["--sweep.lr_min", "1e-6", "--sweep.lr_max", "1e-3", "--sweep.steps"]
-    train = ["--log.trackers", "[]", "--log.every", "1000000", "--loop.eval_every", "1000000 steps",
-             "--checkpoint.every", "1000000 steps", "--loop.duration"]
     ratios, per_point = [], []
     for _ in range(options.rounds):
-        cost = {}
-        for script, flags, unit in (("lr_find.py", sweep, ""), ("train.py", train, " steps")):
-            few, many = (seconds(script, options.recipe, [*flags, f"{count}{unit}"])
-                         for count in (FEW, FEW + options.points))
-            cost[script] = many - few
+        cost = costs(options.recipe, options.points)
         ratios.append(cost["lr_find.py"] / cost["train.py"])
         per_point.append(1000 * cost["lr_find.py"] / options.points)
     print(f"{options.points} points of a sweep over {options.recipe}: "
