@@ -8,6 +8,7 @@ memory     the peak memory of a process that trains, against that of the bare lo
 start-up   from ``accelerate launch train.py`` to its first update, against a minimal script that
            imports the same packages
 waiting    the share of a step that waits for images which one worker decodes from disk
+choices    a step of train.py with other optimizers, layouts and kernels than it takes by itself
 
 One thread. Sides alternate in one process, or in processes of their own for memory and start-up;
 figures are medians over the rounds, ratios the medians of the ratios, with quartiles. --tiny runs
@@ -22,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -274,8 +276,46 @@ def waiting(rounds: int) -> list[results.Row]:
                         f"a step {1e3 * results.quartiles(seconds)[1]:.0f} ms")]
 
 
+# ---- choices ----
+
+
+def choices(rounds: int) -> list[results.Row]:
+    accelerator, rows = runtime.make_accelerator(False, 1), []
+
+    def ours(job: jobs.Job, compiles: bool = False) -> Callable[[], loops.Loop]:
+        return lambda: loops.ours(job, accelerator, None, compiles)
+
+    mlp, resnet, gpt = JOBS["mlp"](), JOBS["resnet"](), JOBS["gpt"]()
+    one_by_one = {"foreach": False, "fused": False}
+
+    def optimizer(job: jobs.Job, **args: bool) -> jobs.Job:
+        return replace(job, optimizer=job.optimizer.replaced({"args": args}))
+
+    flat = replace(resnet, model=resnet.model.replaced({"channels_last": True}))
+    for job, sides in (
+        (mlp, {"fused AdamW": ours(mlp), "foreach": ours(optimizer(mlp, foreach=True)),
+               "tensor by tensor": ours(optimizer(mlp, **one_by_one))}),
+        (resnet, {"as it is": ours(resnet), "channels last": ours(flat),
+                  "compiled": ours(resnet, True), "both": ours(flat, True)}),
+        (gpt, {"as it is": ours(gpt), "compiled": ours(gpt, True),
+               "attention by matrices": lambda: plain_attention(ours(gpt)())}),
+    ):
+        rows += in_turns("choices", job, sides, rounds * (1 if job.steps == 1 else 3), {})
+    return rows
+
+
+def plain_attention(run: loops.Loop) -> loops.Loop:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    def plain(num_steps: int) -> None:
+        with sdpa_kernel(SDPBackend.MATH):
+            run(num_steps)
+
+    return plain
+
+
 SECTIONS = {"step": step, "exact": exact, "memory": memory, "start-up": start_up,
-            "waiting": waiting}
+            "waiting": waiting, "choices": choices}
 
 
 def main() -> None:
