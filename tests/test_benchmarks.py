@@ -85,9 +85,11 @@ def test_the_speedruns_net_starts_from_a_rotation_and_sees_mirrors_alike():
     assert not torch.allclose(net._logits(images), net._logits(images.flip(3)), atol=1e-3)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler on torch.jit
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-def test_the_speedruns_net_has_gradients_compiled_in_bf16():
+def test_the_speedruns_net_has_gradients_compiled_in_bf16(tmp_path, monkeypatch):
     """A maximum that is looked for again in the backward pass may not be found there."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     from recipes.speedrun_net import SpeedNet
 
     torch.manual_seed(0)
