@@ -138,7 +138,7 @@ def memory(rounds: int) -> list[results.Row]:
             else:
                 calls[what] = partial(call, name, side)
         aims = {"train.py": "<= 1.03", "exact sum": f"+ {8 * parameters / MIB:.1f} MiB"}
-        values = results.alternate(calls, max(2, rounds // 8))
+        values = results.alternate(calls, max(2, rounds // 10))
         rows += results.compared("memory", job.name, values, "MiB", 1 / MIB, aims) + missing
     return rows
 
@@ -217,7 +217,7 @@ def start_up(rounds: int) -> list[results.Row]:
         calls = {"minimal script": lambda: launch(folder / "minimal.py", ",".join(third))[0],
                  "train.py": lambda: ours()[0]}
         calls["minimal script"]()
-        times = results.alternate(calls, max(2, rounds // 4))
+        times = results.alternate(calls, max(2, rounds // 5))
         job = f"to the first update, one process, with {', '.join(third)}"
         return results.compared("start-up", job, times, "s", aims={"train.py": "<= 1.3"})
 

@@ -192,7 +192,10 @@ class Reader:
         number, offset = divmod(step, self.plan.steps_per_block)
         if number != self._block_number:
             self._block, self._block_number = self.plan.block(number), number
-            self._on_device = torch.from_numpy(self._block).to(self.device)
+            planned = torch.from_numpy(self._block)
+            if self.device.type == "cuda":  # from pinned memory alone a copy does not wait
+                planned = planned.pin_memory()
+            self._on_device = planned.to(self.device, non_blocking=True)
         return self._block[offset], self._on_device[offset]
 
     def _from_stream(self, step: int) -> list[tuple[Tensor, dict[str, Tensor]]]:
