@@ -121,6 +121,11 @@ def resnet(num_micro_batches: int = 1) -> Job:
                num_micro_batches=num_micro_batches)
 
 
+def small_resnet() -> Job:
+    return Job("ResNet-8 on 1x8x8, batch 64", digits, models.ModelOptions(name="resnet"), 64,
+               steps=4)
+
+
 def small_gpt() -> Job:
     options = models.ModelOptions(name="gpt", args={"depth": 2, "width": 96, "heads": 3})
     return Job("GPT (2 x 96), batch 32 x 128 bytes", lambda: random_tokens(2048, 128, 256),

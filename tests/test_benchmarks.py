@@ -1,4 +1,4 @@
-"""The benchmarks that need a GPU run in a tiny form without one, and count what they say."""
+"""The tables of benchmarks run in a tiny form, without a GPU, too, and count what they say."""
 
 import json
 import shutil
@@ -12,9 +12,29 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def gpu(*flags: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "benchmarks/gpu.py", *flags], cwd=ROOT,
+def run(script: str, *flags: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, f"benchmarks/{script}.py", *flags], cwd=ROOT,
                           capture_output=True, text=True, timeout=280)
+
+
+def gpu(*flags: str) -> subprocess.CompletedProcess:
+    return run("gpu", *flags)
+
+
+def test_the_table_of_the_cpu_has_a_row_for_each_loop_or_says_why_not(tmp_path):
+    file = tmp_path / "cpu.json"
+    result = run("cpu", "--tiny", "--only", "step", "exact", "--json", str(file))
+    assert result.returncode == 0, result.stdout + result.stderr
+    rows = json.loads(file.read_text())["rows"]
+    steps = [row for row in rows if row["section"] == "step"]
+    names = {"bare loop", "train.py", "Accelerate", "HF Trainer", "Lightning"}
+    for job in {row["job"] for row in steps}:
+        assert {row["what"] for row in steps if row["job"] == job} == names
+    for row in rows:
+        assert row["n"] > 1 and row["value"] > 0 or "not measured: No module" in row["note"]
+    assert all(row["n"] > 1 for row in steps if row["what"] in ("bare loop", "train.py"))
+    result = run("cpu", "--tiny", "--only", "exact", "--against", str(file))
+    assert "exact sum: " in result.stdout and ", was " in result.stdout
 
 
 @pytest.mark.parametrize("sections", [

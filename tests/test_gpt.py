@@ -53,6 +53,7 @@ def chunked(monkeypatch):
         return function(hidden, weight, targets, **options)
 
     monkeypatch.setattr(functional, "linear_cross_entropy", record)
+    monkeypatch.setattr("trainlib.models.gpt._WHOLE_LOGITS", 0)  # or these nets are too small
     return calls
 
 
@@ -216,6 +217,14 @@ def test_losses_and_gradients_are_those_of_the_logits(chunked, vocab_size, batch
     with torch.no_grad():
         assert model.eval()(tokens, targets)["losses"].equal(inside)
     assert model.train()(tokens, targets)["losses"].equal(inside)  # the same bits each time
+
+
+def test_logits_that_are_small_are_held_whole(chunked, monkeypatch):
+    for most, count in ((600 * 1000, 0), (600 * 1000 - 1, 1)):
+        monkeypatch.setattr("trainlib.models.gpt._WHOLE_LOGITS", most)
+        tokens, targets = draw(1000, batch=50)  # of 12 tokens each
+        build(1000)(tokens, targets)
+        assert len(chunked) == count
 
 
 def test_full_logits_are_never_held(chunked):
