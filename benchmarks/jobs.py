@@ -104,6 +104,7 @@ class Job:
 
     def loss(self, output: Tensor, targets: Tensor) -> Tensor:
         """Of a plain loop, from the net's logits."""
+        output = output.float()
         if self.kind == "language_modeling":
             return functional.cross_entropy(output.flatten(0, 1), targets.flatten())
         return functional.cross_entropy(output, targets)
@@ -141,12 +142,12 @@ def resnet50(batch_size: int = 256, size: int = 224, num_micro_batches: int = 1)
 
 
 def gpt2(
-    batch_size: int = 16, length: int = 1024, vocabulary: int = 50304, depth: int = 12,
+    batch_size: int = 32, length: int = 1024, vocabulary: int = 50304, depth: int = 12,
     width: int = 768,
 ) -> Job:
     """The shape of GPT-2 124M, unless told otherwise, with the vocabulary rounded up."""
     name = f"GPT ({depth} x {width}), batch {batch_size} x {length} of {vocabulary} tokens"
     args = {"depth": depth, "width": width, "heads": width // 64}
     options = models.ModelOptions(name="gpt", args=args)
-    return Job(name, lambda: random_tokens(16 * batch_size, length, vocabulary), options,
+    return Job(name, lambda: random_tokens(8 * batch_size, length, vocabulary), options,
                batch_size, "language_modeling", steps=10)

@@ -43,6 +43,11 @@ def peak_share(step: int) -> float:
     return lr_multiplier("cosine", step, TOTAL_STEPS, WARMUP_STEPS)
 
 
+def plain_loss(job: Job, compiles: bool) -> Callable[[Tensor, Tensor], Tensor]:
+    """The job's loss for a plain loop, compiled where its net is: ours of a GPT is a part of it."""
+    return torch.compile(job.loss, dynamic=False) if compiles else job.loss
+
+
 def script_functions(script: str, names: tuple[str, ...], given: Mapping[str, Any]) -> dict:
     """Functions that a script defines, however deep inside, over other surroundings.
 
@@ -67,6 +72,7 @@ def bare(job: Job, device: torch.device, dtype: torch.dtype | None, compiles: bo
     optimizer = optim.build_optimizer(job.optimizer, module)
     inputs, targets = job.tensors(device)
     parameters, order = list(module.parameters()), torch.randperm(len(inputs)).to(device)
+    loss_of = plain_loss(job, compiles)
     if compiles:
         module.compile(dynamic=False)
     step, size, parts = 0, job.micro_size, job.num_micro_batches
@@ -81,7 +87,7 @@ def bare(job: Job, device: torch.device, dtype: torch.dtype | None, compiles: bo
                 chosen = order[start + part * size : start + (part + 1) * size]
                 with torch.autocast(device.type, dtype) if dtype else nullcontext():
                     output = module(model_inputs(inputs[chosen]))
-                    loss = job.loss(output.float(), targets[chosen]) / parts
+                    loss = loss_of(output, targets[chosen]) / parts
                 loss.backward()
             nn.utils.clip_grad_norm_(parameters, MAX_NORM)
             optimizer.step()
@@ -155,8 +161,10 @@ def plain_accelerate(job: Job, accelerator: Accelerator, compiles: bool) -> Loop
     module = job.build(accelerator.device)
     optimizer = optim.build_optimizer(job.optimizer, module)
     loader = DataLoader(TensorDataset(*job.tensors(torch.device("cpu"))), job.micro_size,
-                        shuffle=True, drop_last=True)
+                        shuffle=True, drop_last=True,
+                        pin_memory=accelerator.device.type == "cuda")
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, peak_share)
+    loss_of = plain_loss(job, compiles)
     if compiles:
         module.compile(dynamic=False)
     model, optimizer, loader, schedule = accelerator.prepare(module, optimizer, loader, schedule)
@@ -173,7 +181,7 @@ def plain_accelerate(job: Job, accelerator: Accelerator, compiles: bool) -> Loop
                     with accelerator.autocast():
                         output = model(model_inputs(inputs))
                     accelerator.backward(
-                        job.loss(output.float(), targets) / job.num_micro_batches)
+                        loss_of(output, targets) / job.num_micro_batches)
                 if is_last:
                     accelerator.clip_grad_norm_(model.parameters(), MAX_NORM)
                     optimizer.step()
@@ -192,15 +200,18 @@ def trainer(job: Job, device: torch.device, dtype: torch.dtype | None, compiles:
     import transformers
 
     transformers.logging.set_verbosity_error()
+    loss_of = plain_loss(job, compiles)
 
     class WithLoss(nn.Module):
         def __init__(self):
             super().__init__()
             self.inner = job.build(device)
+            if compiles:  # not torch_compile, which sets precisions for the whole process
+                self.inner.compile(dynamic=False)
 
         def forward(self, inputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
             output = self.inner(model_inputs(inputs))
-            return {"loss": job.loss(output.float(), labels)}
+            return {"loss": loss_of(output, labels)}
 
     class Rows(torch.utils.data.Dataset):
         def __init__(self):
@@ -225,7 +236,7 @@ def trainer(job: Job, device: torch.device, dtype: torch.dtype | None, compiles:
                 weight_decay=job.optimizer.weight_decay, max_grad_norm=MAX_NORM,
                 logging_strategy="no", save_strategy="no", report_to="none", disable_tqdm=True,
                 use_cpu=device.type == "cpu", bf16=dtype == torch.bfloat16,
-                torch_compile=compiles, dataloader_pin_memory=device.type == "cuda",
+                dataloader_pin_memory=device.type == "cuda",
                 dataloader_drop_last=True, remove_unused_columns=False,
             )
             transformers.Trainer(WithLoss(), arguments, train_dataset=Rows(),
@@ -249,6 +260,7 @@ def lightning(job: Job, device: torch.device, dtype: torch.dtype | None, compile
         logging.getLogger(name).setLevel(logging.ERROR)
     # That a loader has no workers: nor have the others.
     warnings.filterwarnings("ignore", module="lightning")
+    loss_of = plain_loss(job, compiles)
 
     class Module(pl.LightningModule):
         def __init__(self):
@@ -259,7 +271,7 @@ def lightning(job: Job, device: torch.device, dtype: torch.dtype | None, compile
 
         def training_step(self, batch: list[Tensor], index: int) -> Tensor:
             inputs, targets = batch
-            return job.loss(self.inner(model_inputs(inputs)).float(), targets)
+            return loss_of(self.inner(model_inputs(inputs)), targets)
 
         def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
             if dtype is not None:  # in mixed precision Lightning clips for no fused optimizer

@@ -155,8 +155,11 @@ def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """
     num_tokens, width = hidden.shape
     is_large = num_tokens * len(weight) > _WHOLE_LOGITS
+    # The chunks are multiplied in fp32, whatever autocast says: on a GPU that takes longer than
+    # all the rest of the step.
+    is_slow = hidden.is_cuda and torch.is_autocast_enabled("cuda")
     # Where torch says that chunks pay; torch 2.12 and older have none.
-    if is_large and num_tokens >= width < len(weight) and (
+    if is_large and not is_slow and num_tokens >= width < len(weight) and (
             hasattr(nn, "LinearCrossEntropyOptions")):
         # In fp32 under autocast, too: the losses come out in the dtype of the input.
         return functional.linear_cross_entropy(
