@@ -38,7 +38,7 @@ os.environ |= {"WANDB_MODE": "offline", "MPLBACKEND": "Agg", "OMP_NUM_THREADS": 
 
 import torch  # noqa: E402
 
-from benchmarks import gpu_runs, jobs, loops, results  # noqa: E402
+from benchmarks import gpu_runs, jobs, loops, peers, results  # noqa: E402
 from benchmarks.gpu_runs import Asked, check, last_line  # noqa: E402
 from trainlib import runtime  # noqa: E402
 
@@ -60,9 +60,9 @@ def measured(
     sides = {
         "bare loop": lambda: loops.bare(job, device, dtype, compiles),
         "train.py": lambda: loops.ours(job, accelerator, None, compiles),
-        "Accelerate": lambda: loops.plain_accelerate(job, accelerator, compiles),
-        "HF Trainer": lambda: loops.trainer(job, device, dtype, compiles),
-        "Lightning": lambda: loops.lightning(job, device, dtype, compiles),
+        "Accelerate": lambda: peers.plain_accelerate(job, accelerator, compiles),
+        "HF Trainer": lambda: peers.trainer(job, device, dtype, compiles),
+        "Lightning": lambda: peers.lightning(job, device, dtype, compiles),
     }
     calls, missing = {}, {}
 
