@@ -50,7 +50,7 @@ class Net(nn.Module):
 TASKS = "{digit: {}, ink: {kind: regression}, quadrants: {kind: multilabel}}"
 JOBS = {
     "mlp": ["--tasks", TASKS],
-    "resnet": ["--model.name", "resnet", "--model.args.width", "4", "--model.channels_last"],
+    "resnet": ["--model.name", "resnet", "--model.args.width", "4"],
     "unet": ["--data.source", "builtin:digits_ink", "--tasks.mask",
              "{kind: segmentation, ignore_index: 255}", "--model.name", "unet",
              "--model.args.width", "4"],

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import yaml
 from launching import assert_same_run, export, losses, train, weights
 from safetensors.torch import load_file, save_file, save_model
 from torch import nn
@@ -113,6 +114,20 @@ def test_channels_last_changes_the_layout_and_nothing_else():
     assert not models_by_layout[0].stem.weight.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("name, given, is_last", [
+    ("resnet", None, True), ("unet", None, True), ("resnet", False, False), ("mlp", None, False),
+    ("mlp", True, True), (f"{__file__}:flattening", None, False),
+])
+def test_our_nets_of_convolutions_have_channels_last_unless_told_otherwise(name, given, is_last):
+    options = ModelOptions(name=name, channels_last=given)
+    assert models.complete(options, (3, 8, 8), 10).channels_last is is_last
+
+
+def flattening(inputs, outputs):
+    """A net that wants its images as they are: view() of channels last raises."""
+    return nn.Sequential(nn.Conv2d(3, 2, 1), nn.Flatten(), nn.Linear(inputs, outputs))
+
+
 # ---- gradient checkpointing and compiling ----
 
 
@@ -193,7 +208,8 @@ def test_weights_start_from_a_file_and_from_a_folder(tmp_path):
 
 def test_a_head_of_another_number_of_classes_is_listed_and_the_rest_loaded(tmp_path):
     trained = other("resnet", classes=3, width=4)
-    surplus = trained.state_dict() | {"extra.bias": torch.zeros(1)}
+    surplus = {name: tensor.contiguous() for name, tensor in trained.state_dict().items()}
+    surplus["extra.bias"] = torch.zeros(1)
     del surplus["stem.weight"]
     surplus["blocks.0.conv1.weight"] = surplus["blocks.0.conv1.weight"].view(2, 8, 3, 3)
     save_file(surplus, tmp_path / "w.safetensors")
@@ -379,7 +395,8 @@ def test_an_export_loads_back_bit_for_bit_and_replaces_the_one_before(tmp_path):
     for seed in (0, 1):
         model = build("resnet", mean=torch.rand(1, 1, 1), deviation=torch.rand(1, 1, 1) + 1)
         model.head.weight.data += seed
-        config = "model:\n  name: resnet\n  args: {channels: 1, classes: 10}\n"
+        config = ("model:\n  name: resnet\n  args: {channels: 1, classes: 10}\n"
+                  "  channels_last: true\n")
         export(tmp_path / "best", model, config, {"digit": list("0123456789")}, {})
     assert sorted(p.name for p in tmp_path.iterdir()) == ["best"]
     loaded = models.load_model(tmp_path)
@@ -420,12 +437,15 @@ def test_a_folder_that_is_no_run_is_refused_in_a_line(tmp_path, name, text, mess
     assert "\n" not in str(caught.value)
 
 
-def test_a_compiled_run_and_one_in_channels_last_are_the_same_to_rounding(tmp_path):
+def test_compiled_or_with_channels_first_a_run_is_the_same_to_rounding(tmp_path):
     flags = (*RESNET, "--log.every", "1")
     plain = run(tmp_path / "plain", *flags)
     compiled = run(tmp_path / "compiled", *flags, "--model.compile", "eager")
-    last = run(tmp_path / "last", *flags, "--model.channels_last")
-    for folder in (compiled, last):
+    first = run(tmp_path / "first", *flags, "--model.channels_last", "false")
+    for folder, is_last in ((plain, True), (compiled, True), (first, False)):
+        options = yaml.safe_load((folder / "config.yaml").read_text())["model"]
+        assert options["channels_last"] is is_last
+    for folder in (compiled, first):
         assert losses(folder) == pytest.approx(losses(plain), abs=1e-5)
         loaded = models.load_model(folder).state_dict()
         assert loaded.keys() == weights(plain, "best").keys()

@@ -43,6 +43,62 @@ def test_the_fused_form_is_used_where_torch_has_one(name):
     assert not build(name=name, args={"fused": False}).param_groups[0]["fused"]
 
 
+def momentum_steps(optimizer, model, starts, skips=()):
+    """Five steps on fixed gradients; parameter i has its first one in step ``starts[i]``."""
+    for step in range(5):
+        generator = torch.Generator().manual_seed(step)
+        for parameter, start in zip(model.parameters(), starts, strict=True):
+            gradient = torch.randn(parameter.shape, generator=generator)
+            parameter.grad = gradient if step >= start else None
+        if skips:
+            optimizer.found_inf, optimizer.grad_scale = torch.tensor(float(step in skips)), None
+        optimizer.step()
+    return [p.detach().clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_momentum_made_beforehand_changes_no_bit(nesterov):
+    ends = []
+    args = {"momentum": 0.9, "nesterov": nesterov}
+    for is_ours in (True, False):
+        torch.manual_seed(0)
+        model = small_net()
+        optimizer = optim.build_optimizer(
+            OptimOptions(name="sgd", lr=0.1, args=args, weight_decay=0.1), model)
+        if not is_ours:
+            optimizer = torch.optim.SGD(optimizer.param_groups, **args, fused=True)
+        ends.append(momentum_steps(optimizer, model, [0] * 6))
+    assert all(ours.equal(torchs) for ours, torchs in zip(*ends, strict=True))
+
+
+@pytest.mark.parametrize("args", [{}, {"dampening": 0.5}], ids=["fused", "dampened"])
+def test_sgd_has_momentum_for_gradients_that_come_late(args):
+    starts, ends = [0, 2, 0, 1, 3, 9], []
+    args = {"momentum": 0.9} | args
+    for is_ours in (True, False):
+        torch.manual_seed(0)
+        model = small_net()
+        optimizer = optim.build_optimizer(
+            OptimOptions(name="sgd", lr=0.1, args=args, weight_decay=0.0), model)
+        assert bool(optimizer.param_groups[0].get("fused")) == ("dampening" not in args)
+        if not is_ours:
+            optimizer = torch.optim.SGD(model.parameters(), 0.1, **args, foreach=False)
+        ends.append(momentum_steps(optimizer, model, starts))
+    for ours, torchs in zip(*ends, strict=True):
+        torch.testing.assert_close(ours, torchs, rtol=0, atol=1e-6)
+
+
+def test_a_first_step_that_is_skipped_on_the_device_leaves_no_momentum():
+    ends = []
+    for skips in ((), (0,)):
+        torch.manual_seed(0)
+        model = small_net()
+        optimizer = optim.build_optimizer(
+            OptimOptions(name="sgd", lr=0.1, args={"momentum": 0.9}, weight_decay=0.0), model)
+        ends.append(momentum_steps(optimizer, model, [0 if skips else 1] * 6, skips))
+    assert all(skipped.equal(without) for skipped, without in zip(*ends, strict=True))
+
+
 def test_arguments_reach_the_class_and_the_rate_reaches_every_group():
     optimizer = build(name="sgd", args={"momentum": 0.9})
     assert optim.set_learning_rate(optimizer, 0.5) == 0.5

@@ -266,20 +266,33 @@ def build_optimizer(options: OptimOptions, model: nn.Module) -> Optimizer:
     if is_torchs and "fused" in takes and not (
         {"foreach", "capturable", "differentiable"} & set(options.args)
     ):
-        device = groups[0]["params"][0].device.type
-        # On a GPU the fused SGD that skips its first step by found_inf goes on with momentum
-        # buffers nobody has written (torch 2.13); unfused, the guard skips on the host.
-        uses_momentum = optimizer_class is torch.optim.SGD and options.args.get("momentum")
         fits = optimizer_class in _FUSED_ON_PARTS or not is_sharded
-        if fits and (device == "cpu" or (device == "cuda" and not uses_momentum)):
+        # Dampening makes an SGD's first step another one, for which it makes its buffers then.
+        if fits and groups[0]["params"][0].device.type in ("cpu", "cuda") and not (
+            optimizer_class is torch.optim.SGD and options.args.get("dampening")
+        ):
             fused = {"fused": True}
     try:
         optimizer = optimizer_class(groups, lr=lr, **(fused | options.args))
     except Exception as error:  # whatever an optimizer of the user's own raises
         raise UserError(f"optim: {options.name} refuses its arguments: {describe_error(error)}"
                         ) from error
+    if optimizer_class is torch.optim.SGD:
+        _begin_momentum(optimizer)
     set_learning_rate(optimizer, lr)
     return optimizer
+
+
+def _begin_momentum(optimizer: torch.optim.SGD) -> None:
+    """Gives each parameter a momentum of 0, of which the first step makes the very same bits.
+
+    Fused, torch (2.13) makes them in that step: of parameters that get their first gradient later
+    it has none, and dies; where found_inf skips the step it goes on with what nobody has written.
+    """
+    for group in optimizer.param_groups:
+        if group["momentum"] and not group["dampening"]:
+            for parameter in group["params"]:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def set_learning_rate(optimizer: Optimizer, lr: float) -> float:

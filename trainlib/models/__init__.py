@@ -47,8 +47,9 @@ class ModelOptions(Options):
     norms of which none is trained keep their statistics."""
     compile: str | None = None
     """Backend of torch.compile; true means inductor, none: not compiled."""
-    channels_last: bool = False
-    """Lay images and kernels out with channels last, which is faster for half precision on GPUs."""
+    channels_last: bool | None = None
+    """Lay images and kernels out with channels last, which is faster and changes rounding only;
+    none: for resnet and unet, not for a net that may want them as they were."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time, the same weights (but
     not where inductor compiles dropout, whose draws then change)."""
@@ -99,8 +100,11 @@ def complete(
     if token_range is not None:
         external.check_vocabulary(args, token_range)
     dtype = "float32" if token_range is None else "int64"
-    return options.replaced(
-        {"args": args, "input_shape": list(input_shape), "input_dtype": dtype})
+    is_last = options.channels_last
+    if is_last is None:  # a foreign net may flatten images by view(), which then raises
+        is_last = options.name in ("resnet", "unet")
+    return options.replaced({"args": args, "channels_last": is_last,
+                             "input_shape": list(input_shape), "input_dtype": dtype})
 
 
 def build_model(
