@@ -208,12 +208,12 @@ def choices(rounds: int) -> list[results.Row]:
     def optimizer(job: jobs.Job, **args: bool) -> jobs.Job:
         return replace(job, optimizer=job.optimizer.replaced({"args": args}))
 
-    first = replace(resnet, model=resnet.model.replaced({"channels_last": False}))
+    flat = replace(resnet, model=resnet.model.replaced({"channels_last": True}))
     for job, sides in (
         (mlp, {"fused AdamW": ours(mlp), "foreach": ours(optimizer(mlp, foreach=True)),
                "tensor by tensor": ours(optimizer(mlp, **one_by_one))}),
-        (resnet, {"as it is": ours(resnet), "channels first": ours(first),
-                  "compiled": ours(resnet, True), "first, compiled": ours(first, True)}),
+        (resnet, {"as it is": ours(resnet), "channels last": ours(flat),
+                  "compiled": ours(resnet, True), "both": ours(flat, True)}),
         (gpt, {"as it is": ours(gpt), "compiled": ours(gpt, True),
                "attention by matrices": lambda: plain_attention(ours(gpt)())}),
     ):

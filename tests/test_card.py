@@ -50,7 +50,7 @@ class Net(nn.Module):
 TASKS = "{digit: {}, ink: {kind: regression}, quadrants: {kind: multilabel}}"
 JOBS = {
     "mlp": ["--tasks", TASKS],
-    "resnet": ["--model.name", "resnet", "--model.args.width", "4"],
+    "resnet": ["--model.name", "resnet", "--model.args.width", "16", "--model.channels_last"],
     "unet": ["--data.source", "builtin:digits_ink", "--tasks.mask",
              "{kind: segmentation, ignore_index: 255}", "--model.name", "unet",
              "--model.args.width", "4"],

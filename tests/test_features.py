@@ -32,7 +32,7 @@ def test_every_optimizer_trains_digits(tmp_path, name):
 @pytest.mark.parametrize("flags", [
     pytest.param([*RESNET, "--optim.ema_half_life", "5 steps"], id="ema"),
     pytest.param(["--model.compile", "aot_eager"], id="compile"),
-    pytest.param([*RESNET, "--model.channels_last", "false"], id="channels_first"),
+    pytest.param(["--model.name", "resnet", "--model.channels_last"], id="channels_last"),
     pytest.param([*RESNET, "--model.gradient_checkpointing"], id="checkpointing"),
     pytest.param(["--optim.name", "muon", "--optim.layer_decay", "0.7"], id="muon_layer_decay"),
     pytest.param([*RESNET, "--data.augment",

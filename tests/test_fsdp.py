@@ -308,7 +308,7 @@ def test_an_accelerate_config_switches_it_on(tmp_path):
     result = subprocess.run(
         [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config),
          "train.py", "--run_dir", str(tmp_path / "run"), "--loop.duration", "4 steps", *QUIET,
-         *RESNET_JOB],
+         *RESNET_JOB, "--model.args.width", "16", "--model.channels_last", "true"],
         cwd=ROOT, capture_output=True, text=True, timeout=200,
         env=os.environ | {"ACCELERATE_USE_CPU": "true"},
     )

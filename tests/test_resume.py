@@ -56,7 +56,7 @@ JOBS = {
     "accumulation, batch norm, ema": ([*CONVOLUTION, "--optim.ema_half_life", "5 steps"], 45),
     "plateau": ([*DIGITS, "--schedule.name", "plateau", "--schedule.args.patience", "0",
                  "--schedule.args.factor", "0.5", "--optim.lr", "0.05"], 40),
-    "channels first": ([*CONVOLUTION, "--model.channels_last", "false"], 30),
+    "channels last": ([*DIGITS, "--model.name", "resnet", "--model.channels_last", "true"], 30),
     "sgd without momentum": ([*DIGITS, "--optim.name", "sgd", "--optim.lr", "0.1"], 37),
     "muon": ([*DIGITS, "--optim.name", "muon"], 52),
     "language model": (GPT, 29),

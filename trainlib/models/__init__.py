@@ -47,9 +47,9 @@ class ModelOptions(Options):
     norms of which none is trained keep their statistics."""
     compile: str | None = None
     """Backend of torch.compile; true means inductor, none: not compiled."""
-    channels_last: bool | None = None
-    """Lay images and kernels out with channels last, which is faster and changes rounding only;
-    none: for resnet and unet, not for a net that may want them as they were."""
+    channels_last: bool = False
+    """Lay images and kernels out with channels last, which is faster for many nets of convolutions,
+    and changes rounding only; a net that flattens by view() refuses it."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time, the same weights (but
     not where inductor compiles dropout, whose draws then change)."""
@@ -100,11 +100,8 @@ def complete(
     if token_range is not None:
         external.check_vocabulary(args, token_range)
     dtype = "float32" if token_range is None else "int64"
-    is_last = options.channels_last
-    if is_last is None:  # a foreign net may flatten images by view(), which then raises
-        is_last = options.name in ("resnet", "unet")
-    return options.replaced({"args": args, "channels_last": is_last,
-                             "input_shape": list(input_shape), "input_dtype": dtype})
+    return options.replaced(
+        {"args": args, "input_shape": list(input_shape), "input_dtype": dtype})
 
 
 def build_model(
@@ -137,10 +134,21 @@ def build_model(
                         "give them their sizes, such as inputs or channels, which are filled in")
     prepare_inputs(model, mean, deviation, options.channels_last)
     if options.channels_last:
+        _refuse_narrow_shortcuts(model)
         model.to(memory_format=torch.channels_last)
     if options.gradient_checkpointing:
         external.checkpoint_gradients(model, options.name)
     return model.train()
+
+
+def _refuse_narrow_shortcuts(model: nn.Module) -> None:
+    # On CPUs with AVX-512 torch (2.13) writes past its memory there, and every net is tried on one.
+    for name, part in model.named_modules():
+        if (isinstance(part, nn.Conv2d) and set(part.kernel_size) == {1} and max(part.stride) > 1
+                and 1 < part.in_channels // part.groups < 16):
+            raise UserError(f"model.channels_last: {name} is a convolution of 1x1 with stride "
+                            f"{max(part.stride)} over {part.in_channels} channels, and torch may "
+                            "crash on fewer than 16; use more of them, or leave the option out")
 
 
 def load_model(run: str | Path) -> nn.Module:
