@@ -65,10 +65,10 @@ class StudentOptions(Options):
     comm: runtime.CommunicationOptions = runtime.CommunicationOptions()
 
 
-def main(arguments: list[str]) -> None:
+def main(command_line: list[str]) -> None:
     """The teachers that are missing, the student alone if it is asked for, then the student."""
-    options = read(StudentOptions, arguments, __doc__)
-    run_dir = options.run_dir or f"runs/{recipe_name(arguments, 'distill')}"
+    options = read(StudentOptions, command_line, __doc__)
+    run_dir = options.run_dir or f"runs/{recipe_name(command_line, 'distill')}"
     distillation.run_jobs(
         distillation.plan_jobs(options, run_dir), train_student, runtime.RunFolder
     )

@@ -60,15 +60,15 @@ class FindOptions(Options):
     comm: runtime.CommunicationOptions = runtime.CommunicationOptions()
 
 
-def main(arguments: list[str]) -> None:
+def main(command_line: list[str]) -> None:
     # ---- options and machine ----
-    options = read(FindOptions, arguments, __doc__)
+    options = read(FindOptions, command_line, __doc__)
     recipe, sweep, batch, first_seed = options, options.sweep, options.batch, options.seed
     try:
         rates = lr_sweep.sweep_rates(sweep.lr_min, sweep.lr_max, sweep.steps, sweep.spacing)
     except ValueError as error:
         raise UserError(f"sweep: {error}") from error
-    run_dir = Path(options.run_dir or f"runs/{recipe_name(arguments)}")
+    run_dir = Path(options.run_dir or f"runs/{recipe_name(command_line)}")
     folder = runtime.RunFolder(run_dir)
     folder.check_free()
     accelerator = runtime.make_accelerator(options.deterministic, options.cpu_threads, options.comm)
@@ -103,11 +103,12 @@ def main(arguments: list[str]) -> None:
 
     module = build_module(first_seed)
     try_model(module, example, example_targets, task_list, batch.smallest_micro_batch)
+    arguments = model_arguments(module, task_list)
     sharding.place(module, accelerator, options.model.sync_batch_norm)
     optimizer = optim.build_optimizer(options.optim, module)
     options, found = settle_micro_size(
         options, run_dir, accelerator, module, optimizer, (example, example_targets), augment,
-        model_arguments(module, task_list), partial(tasks.losses_of_trial, task_list),
+        arguments, partial(tasks.losses_of_trial, task_list),
     )
     batch = options.batch
 
@@ -128,7 +129,6 @@ def main(arguments: list[str]) -> None:
     sums = StepSums(accelerator, model, sizes, batch.exact_sum, len(assignments))
     validation = data.EvalReader(dataset.validation, batch.eval_size, rank, world_size, device)
     guard = Guard(optimizer, device, scaler, lambda step: {})
-    arguments = model_arguments(module, task_list)
     ema = None  # an average says nothing about a rate
     requests = runtime.hold_signals(accelerator, None)
     watchdog = runtime.watch(folder, options.comm, accelerator)

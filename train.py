@@ -70,10 +70,10 @@ class TrainOptions(Options):
     comm: runtime.CommunicationOptions = runtime.CommunicationOptions()
 
 
-def main(arguments: list[str]) -> None:
+def main(command_line: list[str]) -> None:
     # ---- options and machine ----
-    options = read(TrainOptions, arguments, __doc__)
-    run_dir = Path(options.run_dir or f"runs/{recipe_name(arguments)}")
+    options = read(TrainOptions, command_line, __doc__)
+    run_dir = Path(options.run_dir or f"runs/{recipe_name(command_line)}")
     folder = runtime.RunFolder(run_dir, options.dry_run or options.diagnose)
     accelerator = runtime.make_accelerator(options.deterministic, options.cpu_threads, options.comm)
     rank, world_size = accelerator.process_index, accelerator.num_processes
@@ -104,13 +104,14 @@ def main(arguments: list[str]) -> None:
                                  options.model.allow_pickle)
     if not options.diagnose:  # which names what does not fit, and goes on
         try_model(module, example, example_targets, task_list, batch.smallest_micro_batch)
+    arguments = model_arguments(module, task_list)
     notes += sharding.place(module, accelerator, options.model.sync_batch_norm)
     optimizer = optim.build_optimizer(options.optim, module)
     stop_if_diagnose(options, accelerator, module, optimizer, dataset, task_list, augment,
-                     model_arguments(module, task_list), optim.parameter_layers(module))
+                     arguments, optim.parameter_layers(module))
     options, found = settle_micro_size(
         options, run_dir, accelerator, module, optimizer, (example, example_targets), augment,
-        model_arguments(module, task_list), partial(tasks.losses_of_trial, task_list),
+        arguments, partial(tasks.losses_of_trial, task_list),
     )
     batch, notes = options.batch, notes + found
 
@@ -167,7 +168,6 @@ def main(arguments: list[str]) -> None:
         run_dir / "bad_steps.jsonl" if accelerator.is_main_process else None,
         state.recent if options.loop.on_spike == "skip" else None,
     )
-    arguments = model_arguments(module, task_list)
     readback = Readback(device)
     losses_of = partial(tasks.logged_losses, task_list, reader.item_counts)
 

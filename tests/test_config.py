@@ -40,7 +40,10 @@ def test_null_empties_a_mapping():
     assert read("--optim.max_grad_norm", "null").optim.max_grad_norm is None
 
 
-@pytest.mark.parametrize("text, value", [("1e-3", 1e-3), ("1E3", 1000.0), ("-2e-1", -0.2)])
+@pytest.mark.parametrize("text, value", [
+    ("1e-3", 1e-3), ("1E3", 1000.0), ("-2e-1", -0.2), ("1.5e3", 1500.0), ("2.e2", 200.0),
+    ("+.5e1", 5.0),
+])
 def test_scientific_notation_is_a_number_everywhere(text, value):
     assert read("--optim.args.eps", text).optim.args == {"eps": value}
 
@@ -53,6 +56,11 @@ def test_a_flag_without_a_value_is_a_switch():
 
 def test_a_number_can_be_a_name():
     assert read("--run_dir", "2024").run_dir == "2024"
+
+
+@pytest.mark.parametrize("name", ["2026-01-31", "2026-13-01", "2026-01-31 12:00:00"])
+def test_a_date_can_be_a_name(name):
+    assert read("--run_dir", name, "--log.name", name).log.name == name
 
 
 def test_all_mistakes_are_reported_at_once_each_with_its_path(tmp_path):
@@ -98,7 +106,8 @@ def test_a_missing_recipe_is_named():
 
 
 def test_the_printed_config_reads_back_to_the_same_options(tmp_path, capsys):
-    flags = ["--optim.lr", "3e-5", "--model.args.hidden", "[8]", "--tasks.digit.weight", "2"]
+    flags = ["--optim.lr", "3e-5", "--model.args.hidden", "[8]", "--tasks.digit.weight", "2",
+             "--run_dir", "2026-01-31", "--log.name", "'1e3'", "--log.notes", "'1.5e3'"]
     with pytest.raises(SystemExit) as stop:
         read(*flags, "--print_config")
     assert stop.value.code == 0
@@ -113,6 +122,8 @@ def test_help_shows_every_option_with_type_default_and_sentence(capsys):
     for name, _, default, sentence in config.describe_options(TrainOptions):
         assert f"--{name}  (" in text and " ".join(sentence.split()) in text
         assert f"default: {'none' if default is None else default}" in text
+    assert "--log.histograms  (str or none, default: none)" in text
+    assert "Annotated" not in text
 
 
 def test_options_are_immutable_and_merging_leaves_its_arguments_alone():

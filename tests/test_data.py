@@ -226,7 +226,7 @@ def test_one_pass_measures_the_training_split_alone(image_folder, monkeypatch):
     exact = kept.train.inputs.numpy().astype(np.float64) / 255
     np.testing.assert_allclose(kept.mean.flatten(), exact.mean((0, 2, 3)), rtol=1e-7)
     np.testing.assert_allclose(kept.deviation.flatten(), exact.std((0, 2, 3)), rtol=1e-7)
-    monkeypatch.setattr(loading, "_CHUNK_BYTES", 200)
+    monkeypatch.setattr(loading, "CHUNK_BYTES", 200)
     for workers in (0, 2):
         streamed = load("label", source=image_folder, in_memory=False, workers=workers)
         assert streamed.mean.equal(kept.mean) and streamed.deviation.equal(kept.deviation)

@@ -157,7 +157,7 @@ def test_images_are_scaled_to_cover_the_size_and_cut_about_the_centre(tmp_path):
     {"in_memory": False, "workers": 2},
 ], ids=str)
 def test_an_image_that_cannot_be_read_is_named_by_row_and_file(options, tmp_path, monkeypatch):
-    monkeypatch.setattr(loading, "_CHUNK_BYTES", 1)  # so that workers have a part in it
+    monkeypatch.setattr(loading, "CHUNK_BYTES", 1)  # so that workers have a part in it
     good = encode(noise(8, 8))
     deep = encode(noise(8, 8).astype(np.uint16) * 200)
     for bad, told in ((b"torn", "in no format that Pillow knows"), (good[:60], "truncated"),

@@ -68,6 +68,13 @@ def test_imports_go_down_the_house_only():
             assert imported(path) <= allowed, path
 
 
+def test_no_module_takes_a_private_name_of_another():
+    for path in [*(ROOT / "trainlib").rglob("*.py"), *(ROOT / script for script in SCRIPTS)]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("trainlib"):
+                assert not [a.name for a in node.names if a.name.startswith("_")], path
+
+
 def test_scripts_never_import_each_other():
     for script in SCRIPTS:
         assert imported(ROOT / script) <= set(modules()) - PROGRAMS.keys(), script

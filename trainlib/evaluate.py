@@ -1,4 +1,4 @@
-"""One exact pass over a data set.
+"""One exact pass over a data set; and what else runs a model outside the step.
 
 Batch ``j`` runs on process ``j % world_size``, so every batch has the same shape and content on
 any number of processes. Added up over processes are counts, and the sums of each batch in a slot
@@ -105,10 +105,10 @@ def model_arguments(
     A model whose ``forward`` takes ``targets`` gets those of a job of language modelling with the
     plain cross entropy, and may return {"losses": [batch, tokens]} without ever holding logits.
     """
-    name = tasks[0].name
-    if len(tasks) == 1 and tasks[0].may_fuse:
-        if "targets" in inspect.signature(model.forward).parameters:
-            return lambda targets: {"targets": targets[name]}
+    only = tasks[0]
+    if (len(tasks) == 1 and only.may_fuse
+            and "targets" in inspect.signature(model.forward).parameters):
+        return lambda targets: {"targets": targets[only.name]}
     return lambda targets: {}
 
 
@@ -134,7 +134,8 @@ def try_model(
 ) -> None:
     """Runs the model forward, and in training backward, before anything is written.
 
-    Buffers, gradients and torch's generator are afterwards what they were.
+    Gradients and torch's generator are afterwards what they were, and buffers what they were after
+    the evaluation, which changes none of a net that knows the two apart.
 
     Args:
         model: on the CPU; in evaluation it is tried first.
@@ -146,6 +147,7 @@ def try_model(
     """
     inputs = inputs[:num_samples]
     targets = {name: target[:num_samples] for name, target in targets.items()}
+    arguments = model_arguments(model, tasks)
 
     def attempt(what: str, is_training: bool) -> None:
         try:
@@ -169,11 +171,10 @@ def try_model(
                 raise UserError(f"the model has no backward pass: {describe_error(error)}"
                                 ) from error
 
-    arguments = model_arguments(model, tasks)
-    with eval_mode(model), torch.no_grad():
-        attempt("", False)
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     with torch.random.fork_rng([]):
+        with eval_mode(model), torch.no_grad():
+            attempt("", False)
+        buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
         attempt(" in training", True)
     with torch.no_grad():
         for buffer, before in buffers:

@@ -111,13 +111,12 @@ class Guard:
         self.bad_steps_file, self.inspect_step = bad_steps_file, inspect_step
         self.recent = recent
         self._bad_steps = None if bad_steps_file is None else Journal(bad_steps_file, terminal.say)
-        is_fused = all(group.get("fused") for group in optimizer.param_groups)
-        # Optimizers that are not fused ignore found_inf or raise on it: for them the host reads,
-        # as it does for the scaler, which reads on the host itself.
         owned = (p for group in optimizer.param_groups for p in group["params"])
         parts = [p for p in owned if shards.is_part(p)]
-        # A model that is cut runs forward on all processes or on none.
         self.is_sharded = bool(parts)
+        # Optimizers that are not fused ignore found_inf or raise on it: for them the host reads,
+        # as it does for the scaler, which reads on the host itself.
+        is_fused = all(group.get("fused") for group in optimizer.param_groups)
         is_offloaded = any(part.device.type == "cpu" for part in parts)
         self.on_device = device.type == "cuda" and is_fused and scaler is None and not is_offloaded
         self.healthy: bool | Tensor = True
@@ -191,6 +190,7 @@ class Guard:
 
     def _list(self, step: int, entry: dict) -> str:
         """Adds a step and its samples to the list of bad ones; returns the end of a line."""
+        # A model that is cut runs forward on all processes or on none.
         if self.bad_steps_file is not None or self.is_sharded:
             details = self.inspect_step(step)
         if self.bad_steps_file is None:

@@ -80,18 +80,23 @@ def settle_micro_size(
     trials = _Trials(options, accelerator, module, optimizer, example, augment, arguments,
                      losses_of, let_go)
     size, too_large = trials.largest()
-    depending = [what for what, is_there in (
-        ("dropout", any(isinstance(m, _DropoutNd) and m.p > 0
-                        or getattr(m, "dropout", None) and isinstance(m.dropout, float)
-                        for m in module.modules())),
-        ("BatchNorm", any(isinstance(m, _BatchNorm) for m in module.modules())),
-        ("augmentation", options.data.augment != type(options.data.augment)()),
-    ) if is_there]
+    depending = _what_depends_on_it(module, options.data.augment)
     line = f"batch.micro_size auto: {size}, the first that fits" + (
         f"; {', '.join(map(str, too_large))} did not" if too_large else "")
     if depending:
         line += f"; with {' and '.join(depending)} the curve depends on it, and so on this machine"
     return with_size(size), [line]
+
+
+def _what_depends_on_it(module: nn.Module, augment: Options) -> list[str]:
+    """What gives other results at another micro size, beyond rounding."""
+    modules = list(module.modules())
+    # Attention and recurrent nets have a share for dropout, not a module.
+    shares = [float(m.p) if isinstance(m, _DropoutNd) else getattr(m, "dropout", None)
+              for m in modules]
+    found = ["dropout"] if any(isinstance(s, float) and s > 0 for s in shares) else []
+    found += ["BatchNorm"] if any(isinstance(m, _BatchNorm) for m in modules) else []
+    return found + (["augmentation"] if augment != type(augment)() else [])
 
 
 def candidates(global_size: int, world_size: int) -> list[int]:

@@ -10,14 +10,14 @@ import re
 from typing import Annotated, Any
 
 import torch
-from pydantic import AfterValidator, Field, field_serializer, field_validator, model_validator
+from pydantic import Field, field_serializer, field_validator, model_validator
 from torch import nn
 from torch.optim import Optimizer
 
 from trainlib import shards
 from trainlib.config import Options, UserError, nearest, one_of
 from trainlib.muon import MuonWithAdamW
-from trainlib.schedule import SHAPES, check_args, check_duration, duration_steps, resolve_args
+from trainlib.schedule import SHAPES, Duration, check_args, duration_steps, resolve_args
 from trainlib.user_code import describe_error, import_object, is_object_spec
 
 _REFUSED = {
@@ -77,7 +77,7 @@ class OptimOptions(Options):
     """Gradients are scaled down to this global norm; none: never."""
     max_grad_value: float | None = Field(None, gt=0)
     """Then each element of a gradient is clamped to plus or minus this; none: never."""
-    ema_half_life: str | None = None
+    ema_half_life: Duration | None = None
     """Half-life of the averaged weights, which are then evaluated and exported, as "100 steps",
     "1 epoch" or "5%" of the run; none: no average."""
 
@@ -95,11 +95,6 @@ class OptimOptions(Options):
     def _name_is_known(cls, name: str) -> str:
         find_optimizer(name)
         return name
-
-    @field_validator("ema_half_life")
-    @classmethod
-    def _is_duration(cls, text: str | None) -> str | None:
-        return text if text is None else check_duration(text)
 
     @model_validator(mode="after")
     def _optimizer_takes_args(self) -> "OptimOptions":
@@ -119,7 +114,7 @@ class ScheduleOptions(Options):
     name: Annotated[str, one_of(SHAPES)] = "cosine"
     """How the learning rate falls after warm-up: constant, linear, cosine, polynomial, exponential,
     step, multistep, one_cycle, wsd, or plateau, which waits for loop.monitor to stop improving."""
-    warmup: Annotated[str, AfterValidator(check_duration)] = "5%"
+    warmup: Duration = "5%"
     """How long it rises first, as "100 steps", "1 epoch" or a share of the run."""
     final_fraction: float = Field(0.0, ge=0, le=1)
     """The share of the peak that it falls to just after the last step; of step, multistep,
@@ -261,19 +256,12 @@ def build_optimizer(options: OptimOptions, model: nn.Module) -> Optimizer:
             "optim.name: muon is for hidden matrices, and this model has none to train besides "
             "embeddings and its last layer; use adamw"
         )
-    fused = {}
-    is_torchs = optimizer_class in OPTIMIZERS.values()
-    if is_torchs and "fused" in takes and not (
-        {"foreach", "capturable", "differentiable"} & set(options.args)
-    ):
-        fits = optimizer_class in _FUSED_ON_PARTS or not is_sharded
-        # Dampening makes an SGD's first step another one, for which it makes its buffers then.
-        if fits and groups[0]["params"][0].device.type in ("cpu", "cuda") and not (
-            optimizer_class is torch.optim.SGD and options.args.get("dampening")
-        ):
-            fused = {"fused": True}
+    device = groups[0]["params"][0].device
+    fused = _can_be_fused(optimizer_class, options.args, device, is_sharded)
     try:
-        optimizer = optimizer_class(groups, lr=lr, **(fused | options.args))
+        optimizer = optimizer_class(
+            groups, lr=lr, **(({"fused": True} if fused else {}) | options.args)
+        )
     except Exception as error:  # whatever an optimizer of the user's own raises
         raise UserError(f"optim: {options.name} refuses its arguments: {describe_error(error)}"
                         ) from error
@@ -281,6 +269,24 @@ def build_optimizer(options: OptimOptions, model: nn.Module) -> Optimizer:
         _begin_momentum(optimizer)
     set_learning_rate(optimizer, lr)
     return optimizer
+
+
+def _can_be_fused(
+    optimizer_class: type[Optimizer], args: dict[str, Any], device: torch.device, is_sharded: bool
+) -> bool:
+    """Whether torch has one kernel for this optimizer's step, with these arguments and there."""
+    if optimizer_class not in OPTIMIZERS.values():
+        return False
+    if "fused" not in _arguments_of(optimizer_class)[0]:
+        return False
+    if {"foreach", "capturable", "differentiable"} & args.keys():
+        return False
+    if is_sharded and optimizer_class not in _FUSED_ON_PARTS:
+        return False
+    # Dampening makes an SGD's first step another one, for which it makes its buffers then.
+    if optimizer_class is torch.optim.SGD and args.get("dampening"):
+        return False
+    return device.type in ("cpu", "cuda")
 
 
 def _begin_momentum(optimizer: torch.optim.SGD) -> None:
@@ -295,8 +301,7 @@ def _begin_momentum(optimizer: torch.optim.SGD) -> None:
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
-def set_learning_rate(optimizer: Optimizer, lr: float) -> float:
-    """Gives every group the rate, times its ``lr_scale`` where it has one, and returns the rate."""
+def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
+    """Gives every group the rate, times its ``lr_scale`` where it has one."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
-    return lr

@@ -137,20 +137,17 @@ class BatchPlan:
 
     def block(self, number: int) -> np.ndarray:
         """[steps_per_block, global_size] samples of the steps from number * steps_per_block."""
-        shape = (self.steps_per_block, self.global_size)
-        first = number * self.steps_per_block * self.global_size
-        draws = np.arange(first, first + shape[0] * shape[1], dtype=np.int64)
-        return samples_of(draws, self.num_samples, self.seed).reshape(shape)
+        return self._samples(number * self.steps_per_block, self.steps_per_block)
 
     def samples(self, step: int) -> np.ndarray:
         """[global_size] samples of one step's global batch."""
-        first = step * self.global_size
-        draws = np.arange(first, first + self.global_size, dtype=np.int64)
-        return samples_of(draws, self.num_samples, self.seed)
+        return self._samples(step, 1)[0]
 
-    def epoch(self, step: int) -> float:
-        """Epochs done, as a fraction, after ``step`` steps."""
-        return step * self.global_size / self.num_samples
+    def _samples(self, first_step: int, num_steps: int) -> np.ndarray:
+        """[num_steps, global_size]."""
+        first, last = first_step * self.global_size, (first_step + num_steps) * self.global_size
+        draws = np.arange(first, last, dtype=np.int64)
+        return samples_of(draws, self.num_samples, self.seed).reshape(num_steps, self.global_size)
 
 
 def idle_warning(global_size: int, micro_size: int, world_size: int) -> str | None:

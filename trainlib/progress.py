@@ -2,16 +2,15 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import Field
 
 from trainlib import spikes
 from trainlib.config import Options, UserError, nearest
-from trainlib.schedule import check_duration, duration_steps
+from trainlib.schedule import Duration, duration_steps
 
 _LOWER_IS_BETTER = ("loss", "mae", "rmse", "perplexity", "bits_per_byte", "calibration_error")
-Duration = Annotated[str, AfterValidator(check_duration)]
 
 
 class LoopOptions(Options):

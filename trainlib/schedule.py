@@ -9,7 +9,9 @@ import math
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import AfterValidator
 
 _DURATION = re.compile(
     r"\s*([0-9]+(?:\.[0-9]*)?(?:e[-+]?[0-9]+)?)\s*(epochs?|steps?|%)\s*", re.IGNORECASE
@@ -227,6 +229,10 @@ def check_duration(text: str) -> str:
     if match is None or not float(match[1]) < 1e15:
         raise ValueError('a duration reads like "20 epochs", "500 steps" or "5%"')
     return text
+
+
+Duration = Annotated[str, AfterValidator(check_duration)]
+"""The type of an option that is a duration."""
 
 
 def duration_steps(

@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from types import UnionType
-from typing import Any, Self, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationInfo, field_validator
 
@@ -99,8 +99,10 @@ def _type_name(annotation: Any) -> str:
     origin = get_origin(annotation)
     if origin in (Union, UnionType):
         return " or ".join("none" if a is type(None) else _type_name(a) for a in arguments)
-    if origin is not None and not isinstance(origin, type):  # Literal, Annotated
+    if origin is Literal:
         return "|".join(str(a) for a in arguments)
+    if origin is Annotated:
+        return _type_name(arguments[0])
     if origin is list:
         return f"list of {_type_name(arguments[0])}"
     return "mapping" if origin is dict else getattr(annotation, "__name__", str(annotation))

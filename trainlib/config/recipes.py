@@ -10,7 +10,7 @@ from trainlib.config.options import Options
 
 
 class _RecipeLoader(yaml.SafeLoader):
-    """YAML's safe loader, with 1e-3 read as a number and a key given twice refused."""
+    """YAML's safe loader, but 1e-3 is a number, a date a text, and a key given twice refused."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -22,10 +22,19 @@ class _RecipeLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-# YAML 1.1 wants a dot in a float; people write 1e-3, and YAML 1.2 reads it as a number.
-_RecipeLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
+class _RecipeDumper(yaml.SafeDumper):
+    """YAML's safe dumper, which quotes the texts that the loader would take for numbers."""
+
+
+# YAML 1.1 wants both a dot and a sign; people write 1e-3 and 1.5e6, which are numbers in YAML 1.2.
+_FLOAT = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$")
+for _yaml_class in (_RecipeLoader, _RecipeDumper):
+    _yaml_class.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
+# No option is a date, and a name may look like one, or like one that no calendar has.
+_RecipeLoader.yaml_implicit_resolvers = {
+    start: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
+    for start, resolvers in _RecipeLoader.yaml_implicit_resolvers.items()
+}
 
 
 def parse_yaml(text: str) -> Any:
@@ -40,7 +49,7 @@ def parse_yaml(text: str) -> Any:
 def to_yaml(options: Options, leave_out: Iterable[str] = ()) -> str:
     """The options, but for some at the top, as a recipe that reads back to the same options."""
     values = options.model_dump(mode="json", exclude=set(leave_out))
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    return yaml.dump(values, Dumper=_RecipeDumper, sort_keys=False, allow_unicode=True)
 
 
 def merge(base: dict, override: dict) -> dict:

@@ -16,6 +16,5 @@ from trainlib.data.targets import TargetInfo
 
 __all__ = [
     "AugmentOptions", "BatchOptions", "DataOptions", "Dataset", "EvalReader", "MicroBatch",
-    "Reader", "Split", "TargetInfo", "build_augment", "fingerprint", "load",
-    "open_source",
+    "Reader", "Split", "TargetInfo", "build_augment", "fingerprint", "load", "open_source",
 ]

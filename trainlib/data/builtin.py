@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from trainlib.data.decoding import Decoder
-from trainlib.data.options import BUILTIN
 
 
 class Column(NamedTuple):
@@ -119,4 +118,3 @@ TABLES: dict[str, Callable[[], Table]] = {
     "builtin:digits": _digits, "builtin:digits_ink": _digits_ink, "builtin:diabetes": _diabetes,
 }
 TEXTS: dict[str, Callable[[], Texts]] = {"builtin:pydocs": _pydocs}
-BUILTIN.update(TABLES | TEXTS)

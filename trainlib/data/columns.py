@@ -159,7 +159,7 @@ class Labels(NamedTuple):
         Raises:
             UserError: missing values, or values that are no class; with how many and the first row.
         """
-        codes, values = _encode(table, self.column, where, self.ignored, self.may_miss)
+        codes, values = encode_values(table, self.column, where, self.ignored, self.may_miss)
         # The last entry is that of the code -1.
         numbers = np.array([*(self.numbers_of.get(v, -1) for v in values), IGNORED])[codes]
         unknown = np.unique(codes[numbers == -1])
@@ -197,7 +197,7 @@ def read_labels(
             "labels, strings or integers"
             + ("; numbers are for the kind regression" if kind == NUMBER else "")
         )
-    codes, values = _encode(table, column, where, ignored, may_miss)
+    codes, values = encode_values(table, column, where, ignored, may_miss)
     present = {values[code] for code in np.unique(codes[codes >= 0])}
     if len(present) < 2:
         raise UserError(f"{where}: {column!r} has one class only ({', '.join(map(str, present))}); "
@@ -207,7 +207,7 @@ def read_labels(
     return Labels(column, [str(name) for name in names], numbers_of, ignored, may_miss)
 
 
-def _encode(
+def encode_values(
     table: datasets.Dataset, name: str, where: str, ignored: int | None, may_miss: bool
 ) -> tuple[np.ndarray, list]:
     """[rows] places of a target's values in the list of distinct ones, which comes second.

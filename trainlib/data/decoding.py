@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     import pyarrow
 
 Decoder = Callable[[np.ndarray], Tensor]
-"""From rows [n] of a source to their inputs [n, ...]: uint8 for images, else fp32 or int64."""
+"""From rows [n] of a source to what they hold: inputs [n, ...], uint8 for images and otherwise fp32
+or int64, or targets that are read along with them, such as masks."""
 
 _GREY_MODES = ("1", "L", "LA")
 # Where Pillow keeps what says which side of an image is up; TIFF files it turns by itself.

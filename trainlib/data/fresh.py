@@ -17,33 +17,22 @@ from torch import Tensor
 
 from trainlib.config import UserError, nearest
 from trainlib.data import builtin
-from trainlib.data.columns import (
-    IMAGE,
-    input_columns,
-    kinds_of,
-)
+from trainlib.data.columns import IMAGE, input_columns, kinds_of
 from trainlib.data.decoding import Decoder
-from trainlib.data.fresh_inputs import (
-    RULES,
-    Known,
-    input_decoder,
-    language_part,
-    only_table,
-)
+from trainlib.data.fresh_inputs import RULES, Known, input_decoder, language_part, only_table
 from trainlib.data.fresh_targets import FreshTarget, builtin_target, read_target
-from trainlib.data.loading import _CHUNK_BYTES, _num_cores
+from trainlib.data.loading import CHUNK_BYTES, num_cores
 from trainlib.data.masks import Masks
 from trainlib.data.options import DataOptions
 from trainlib.data.parts import DEFAULT_SHARE, held_out
 from trainlib.data.reading import SHARE_OF_MEMORY, Split
 from trainlib.data.rough import image_files
-from trainlib.data.sources import _open_tables
+from trainlib.data.sources import open_tables
 from trainlib.data.targets import TargetInfo, columns_of, count_valid
 from trainlib.data.workers import decoded
 from trainlib.losses import IGNORED
 
 if TYPE_CHECKING:
-
     from trainlib.tasks import TaskOptions
 
 
@@ -99,7 +88,7 @@ def _read_table(
     unread, notes = {}, []
     by_rule = which in RULES
     if by_rule:
-        tables = _open_tables(options)
+        tables = open_tables(options)
         where, table = tables[0] if which == "train" else tables[-1]
     else:
         where, table, unread = only_table(options, tasks, which, notes)
@@ -140,7 +129,7 @@ def _read(
     unread = {row: why for row, why in unread.items() if row in wanted}
     rows = rows[[row not in unread for row in rows.tolist()]]
     decoders = {name: target.decode for name, target in targets.items() if target.decode}
-    workers = max(1, _num_cores()) if options.workers is None else options.workers
+    workers = max(1, num_cores()) if options.workers is None else options.workers
     masks = {name: Masks(name, tasks[name].ignore_index, list(known.labels[name]))
              for name in decoders}
     chosen, inputs, stored, counts = [], [], {name: [] for name in decoders}, {}
@@ -205,7 +194,7 @@ def _pieces(
             yield piece
         start += 1
     rows = rows[start:]
-    chunks = np.split(rows, range(0, len(rows), max(1, _CHUNK_BYTES // max(size, 1)))[1:])
+    chunks = np.split(rows, range(0, len(rows), max(1, CHUNK_BYTES // max(size, 1)))[1:])
     stream = decoded(decode, [c for c in chunks if len(c)], workers if len(chunks) > workers else 0,
                      False, decoders, is_forgiving=True)
     for some, read in zip([c for c in chunks if len(c)], stream, strict=True):

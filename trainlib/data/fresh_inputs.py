@@ -13,17 +13,17 @@ from trainlib.data.columns import IMAGE, INTEGER, LIST, NUMBER, TEXT, kinds_of, 
 from trainlib.data.decoding import Decoder, ImageDecoder, NumberDecoder
 from trainlib.data.fresh_targets import as_numbers
 from trainlib.data.language import (
-    _parts,
-    _texts,
-    _tokenizer,
-    _tokens,
+    parts_of_tokens,
     split_language_tables,
     split_texts,
+    texts_of,
+    tokenizer_of,
+    tokens_of,
 )
 from trainlib.data.options import DataOptions
 from trainlib.data.parts import Part
 from trainlib.data.rough import Used, only_unicode, read_rough
-from trainlib.data.sources import _open_tables
+from trainlib.data.sources import open_tables
 from trainlib.data.targets import TargetInfo, columns_of
 from trainlib.data.text import PaddedTexts, default_cache, tokenize
 
@@ -88,6 +88,12 @@ def _as_text(table: datasets.Dataset, column: str) -> datasets.Dataset:
 def language_part(
     options: DataOptions, tasks: Mapping[str, TaskOptions], which: str | None, notes: list[str]
 ) -> tuple[Part, dict[str, TargetInfo]]:
+    """A split of a text to model, or all of it, and what is known of its targets.
+
+    Args:
+        which: as in ``read_rows``; none: all texts.
+        notes: is told of texts that cannot be read.
+    """
     [(name, task)] = tasks.items()
     if options.source in builtin.TEXTS:
         texts = builtin.TEXTS[options.source]().texts
@@ -95,12 +101,12 @@ def language_part(
             parts = split_texts(options, name, options.source, len(texts),
                                 lambda rows: [texts[row] for row in rows], "")
         elif which is None:
-            whole = (options.source, _tokens(options, options.source, lambda: texts), None)
-            parts = _parts(options, name, whole, whole, "")
+            whole = (options.source, tokens_of(options, options.source, lambda: texts), None)
+            parts = parts_of_tokens(options, name, whole, whole, "")
         else:
             raise UserError(f"--split: {options.source} has train and validation, got {which}")
     elif which in RULES:
-        tables = _open_tables(options)
+        tables = open_tables(options)
         parts = split_language_tables(options, tables, kinds_of(tables[0][1]), tasks)
     else:
         where, table, unread = only_table(options, tasks, which, notes)
@@ -112,8 +118,8 @@ def language_part(
         if kinds_of(table).get(column) != TEXT:
             raise UserError(f"{where}: has no column {column!r} of text"
                             f"{nearest(column, table.column_names)}")
-        whole = (where, _tokens(options, where, lambda: _texts(table, column)), None)
-        parts = _parts(options, name, whole, whole, "")
+        whole = (where, tokens_of(options, where, lambda: texts_of(table, column)), None)
+        parts = parts_of_tokens(options, name, whole, whole, "")
     part = parts.train if which == "train" else parts.validation
     tokens = part.decode.tokens
     return part, {name: TargetInfo([], vocab_size=parts.targets[name].vocab_size,
@@ -125,6 +131,15 @@ def input_decoder(
     options: DataOptions, table: datasets.Dataset, inputs: list[str], kinds: Mapping[str, str],
     where: str, known: Known, unread: dict[int, str], notes: list[str],
 ) -> Decoder:
+    """What decodes the inputs of a table, to the shape that the net was trained on.
+
+    Args:
+        unread: is told of rows whose text is missing, or whose value is no number.
+        notes: is told of texts that are cut, or empty.
+
+    Raises:
+        UserError: the columns hold something else than in training.
+    """
     shape, first = known.input_shape, inputs[0]
     kind = kinds[first]
     if options.tokenizer is not None:
@@ -133,7 +148,7 @@ def input_decoder(
         is_missing = np.asarray(read_column(table, first).is_null())
         for row in np.flatnonzero(is_missing).tolist():
             unread.setdefault(row, f"{first!r}: the text is missing")
-        tokens = tokenize(lambda: _texts(table, first), _tokenizer(options, add_special=True),
+        tokens = tokenize(lambda: texts_of(table, first), tokenizer_of(options, add_special=True),
                           where, False, default_cache())
         lengths = np.diff(tokens.ends, prepend=0)
         length = shape[0] if shape else min(options.block_size, int(lengths.max()))

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Iterator
 from typing import IO, Any
 
 from trainlib.config import UserError
-from trainlib.data.tables import _ending
+from trainlib.data.tables import ending_of
 
 _NOTHING = {"", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND",
             "1.#QNAN", "<NA>", "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null"}
@@ -48,8 +48,8 @@ def read_lines(
     """
     for file in files:
         with _opened(file) as lines:
-            if _ending(file) in _SEPARATORS:
-                rows = _fields(lines, _SEPARATORS[_ending(file)])
+            if ending_of(file) in _SEPARATORS:
+                rows = _fields(lines, _SEPARATORS[ending_of(file)])
             else:
                 rows = _objects(lines, texts)
             for row, why in rows:
@@ -66,16 +66,16 @@ def check_header(file: str, inputs: Collection[str], targets: Collection[str]) -
     with more, or where the last is empty, it is not.
 
     Raises:
-        UserError: a column that is used stands there twice, or none is to be read for its bytes.
+        UserError: a column that is used stands there twice, or bytes that are no UTF-8 hide one.
     """
     with _opened(file, "rb") as start:
         mark = start.read(2)
     if mark in _MARKS:
         raise UserError(f"DATA: {file} is UTF-16; convert it: iconv -f utf-16 -t utf-8 {file}")
-    if _ending(file) not in _SEPARATORS:
+    if ending_of(file) not in _SEPARATORS:
         return False
     with _opened(file) as lines:
-        rows = (fields for fields, _ in _records(lines, _SEPARATORS[_ending(file)]) if fields)
+        rows = (fields for fields, _ in _records(lines, _SEPARATORS[ending_of(file)]) if fields)
         names, first = next(rows, []), next(rows, [])
     doubled = [name for name in [*inputs, *targets] if names.count(name) > 1]
     if doubled:

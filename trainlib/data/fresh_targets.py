@@ -21,7 +21,7 @@ from trainlib.data.columns import (
     LIST,
     NUMBER,
     TEXT,
-    _encode,
+    encode_values,
     read_column,
 )
 from trainlib.data.decoding import Decoder, MaskDecoder, NumberDecoder
@@ -143,7 +143,7 @@ def _classes(task, table, kinds, where, labels) -> tuple[Tensor, np.ndarray, lis
     column = columns_of(task)[0]
     if kinds[column] not in (CLASS, TEXT, INTEGER, NUMBER):
         raise UserError(f"{where}: {column!r} holds {kinds[column]} values, no classes")
-    codes, values = _encode(table, column, where, task.ignore_index, True)
+    codes, values = encode_values(table, column, where, task.ignore_index, True)
     numbers = {label: number for number, label in enumerate(labels)}
     # "01" is read as 1 where nothing else stands in its column.
     whole = {int(label): number for label, number in numbers.items() if label.isdecimal()}

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
     from trainlib.tasks import TaskOptions
 
+Stretch = tuple[str, Tokens, tuple[int, int] | None]
+"""What a split is, for messages, its tokens, and from where to where; none: all of them."""
+
 
 def only_language_task(tasks: Mapping[str, TaskOptions], column: str) -> str:
     """The name of the one task of a job of language modelling on a column.
@@ -47,7 +50,12 @@ def only_language_task(tasks: Mapping[str, TaskOptions], column: str) -> str:
     return name
 
 
-def _tokenizer(options: DataOptions, add_special: bool) -> Tokenizer:
+def tokenizer_of(options: DataOptions, add_special: bool) -> Tokenizer:
+    """The tokenizer that the options name.
+
+    Raises:
+        UserError: they name none, or it cannot be had.
+    """
     if options.tokenizer is None:
         raise UserError("data.tokenizer: text needs one: --data.tokenizer bytes, or the id or "
                         "folder of a Hugging Face tokenizer")
@@ -61,11 +69,11 @@ def text_decoders(
 
     All are as long as the longest text of the first table, but at most ``data.block_size``.
     """
-    tokenizer = _tokenizer(options, add_special=True)
+    tokenizer = tokenizer_of(options, add_special=True)
     for where, table in tables:
         refuse(read_column(table, column).is_null(), where, f"the text {column!r} is missing")
     tokens = [
-        tokenize(lambda table=table: _texts(table, column), tokenizer, where, False,
+        tokenize(lambda table=table: texts_of(table, column), tokenizer, where, False,
                  default_cache())
         for where, table in tables
     ]
@@ -75,7 +83,7 @@ def text_decoders(
             tokenizer.pad_id)
 
 
-def _texts(table: datasets.Dataset, column: str) -> Iterator[str]:
+def texts_of(table: datasets.Dataset, column: str) -> Iterator[str]:
     """The texts of a column, a batch in memory at a time; a missing one is empty."""
     for batch in table.select_columns([column]).iter(1000):
         yield from (text or "" for text in batch[column])
@@ -101,16 +109,19 @@ def split_language_tables(
     (where, table), (other_where, other) = tables[0], tables[-1]
     if len(tables) == 1:
         return split_texts(options, name, where, len(table),
-                           lambda rows: _texts(table.select(rows), column),
+                           lambda rows: texts_of(table.select(rows), column),
                            f"{where}: {len(table):,} texts, {column!r}")
     if kinds_of(other).get(column) != TEXT:
         raise UserError(f"{other_where}: has no column {column!r} of text"
                         f"{nearest(column, other.column_names)}")
     train, validation = (
-        _tokens(options, place, lambda rows=rows: _texts(rows, column)) for place, rows in tables
+        (place, tokens_of(options, place, lambda rows=rows: texts_of(rows, column)), None)
+        for place, rows in tables
     )
-    return _parts(options, name, (where, train, None), (other_where, validation, None),
-                  f"{where}: {len(table):,} texts of {column!r}, validation from {other_where}")
+    return parts_of_tokens(
+        options, name, train, validation,
+        f"{where}: {len(table):,} texts of {column!r}, validation from {other_where}",
+    )
 
 
 def split_texts(
@@ -127,28 +138,40 @@ def split_texts(
         if not options.packing:
             raise UserError(f"data.packing: {where} is one text, of which a part is held out; "
                             "leave it out, or give --data.validation_split a file")
-        tokens = _tokens(options, where, lambda: read(np.arange(1)))
+        tokens = tokens_of(options, where, lambda: read(np.arange(1)))
         blocks = int(len(tokens.ids) * (1 - share)) // options.block_size
         cut = blocks * options.block_size
         # The first token after the cut is the last that is trained on: it is predicted there.
-        return _parts(options, name, (f"{where}, training part", tokens, (0, cut + 1)),
-                      (f"{where}, validation part", tokens, (cut, len(tokens.ids))),
-                      f"{description}; the last {share:.3g} held out for validation")
+        return parts_of_tokens(
+            options, name, (f"{where}, training part", tokens, (0, cut + 1)),
+            (f"{where}, validation part", tokens, (cut, len(tokens.ids))),
+            f"{description}; the last {share:.3g} held out for validation",
+        )
     is_out = held_out(share, num_texts, [])
     parts = []
     for split, wanted in (("training", False), ("validation", True)):
         rows, place = np.flatnonzero(is_out == wanted), f"{where}, {split} split"
-        parts.append((place, _tokens(options, place, lambda rows=rows: read(rows)), None))
-    return _parts(options, name, *parts, f"{description}; {is_out.sum()} of them held out for "
-                  "validation, the same whatever the seed")
+        parts.append((place, tokens_of(options, place, lambda rows=rows: read(rows)), None))
+    return parts_of_tokens(
+        options, name, *parts, f"{description}; {is_out.sum()} of them held out for validation, "
+        "the same whatever the seed",
+    )
 
 
-def _tokens(options: DataOptions, where: str, texts: Callable[[], Iterable[str]]) -> Tokens:
-    tokenizer = _tokenizer(options, add_special=False)
+def tokens_of(options: DataOptions, where: str, texts: Callable[[], Iterable[str]]) -> Tokens:
+    """The tokens of texts to model, each followed by the end token if there is one."""
+    tokenizer = tokenizer_of(options, add_special=False)
     return tokenize(texts, tokenizer, where, True, default_cache())
 
 
-def _parts(options, name, train, validation, description) -> Parts:
+def parts_of_tokens(
+    options: DataOptions, name: str, train: Stretch, validation: Stretch, description: str
+) -> Parts:
+    """The splits of language modelling: blocks of their tokens, or a text a row.
+
+    Raises:
+        UserError: a stretch is too short for a block.
+    """
     parts = []
     for where, tokens, span in (train, validation):
         start, stop = span or (0, len(tokens.ids))

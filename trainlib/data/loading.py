@@ -29,7 +29,7 @@ from trainlib.user_code import describe_error, import_object
 if TYPE_CHECKING:
     from trainlib.tasks import TaskOptions
 
-_CHUNK_BYTES = 2**22  # of inputs that a worker decodes at a time; a few chunks wait in memory
+CHUNK_BYTES = 2**22  # of inputs that a worker decodes at a time; a few chunks wait in memory
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def load(source: Source, options: DataOptions, tasks: Mapping[str, TaskOptions])
     """
     parts = source.split(tasks)
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # on this machine
-    workers = max(1, _num_cores() // processes) if options.workers is None else options.workers
+    workers = max(1, num_cores() // processes) if options.workers is None else options.workers
     train, validation = parts.train, parts.validation
     first, first_targets = next(decoded(train.decode, [train.rows[:1]], 0, False,
                                         train.target_decoders))
@@ -171,7 +171,7 @@ def _missing(train: Split) -> list[str]:
     return lines
 
 
-def _num_cores() -> int:
+def num_cores() -> int:
     """Cores that this process may use, which may be fewer than the machine has."""
     if hasattr(os, "sched_getaffinity"):  # Linux
         return len(os.sched_getaffinity(0))
@@ -194,7 +194,7 @@ def _read(
     is_bad = torch.zeros(first.shape[1], dtype=torch.bool)  # by column or channel
     if in_memory:
         inputs = torch.empty((len(part.rows), *first.shape[1:]), dtype=first.dtype)
-    starts = range(0, len(part.rows), max(1, _CHUNK_BYTES // first.nbytes))
+    starts = range(0, len(part.rows), max(1, CHUNK_BYTES // first.nbytes))
     chunks = np.split(part.rows, starts[1:])
     # Less than a chunk for each worker is sooner decoded here than the workers are started.
     stream = decoded(part.decode, chunks, workers if len(chunks) > workers else 0, False,

@@ -106,7 +106,11 @@ class Masks:
         if count < 2:
             raise UserError(f"{where}: the masks of task {self.task!r} have the class 0 only; a "
                             "segmentation needs two or more")
-        self.label_names = _check_label_names(self.task, self.label_names or None, count)
+        if not self.label_names:
+            self.label_names = [str(number) for number in range(count)]
+        if len(self.label_names) < count:
+            raise UserError(f"tasks.{self.task}.label_names: {len(self.label_names)} names, the "
+                            f"masks have class numbers up to {count - 1}")
         self.classes = torch.full((257,), -1)  # the last is that of -1
         self.classes[256] = IGNORED
         self.classes[:count] = torch.arange(count)
@@ -114,18 +118,6 @@ class Masks:
             self.classes[[1, 255]] = torch.tensor([-1, 1])
         if self.ignored is not None and 0 <= self.ignored <= 255:
             self.classes[self.ignored] = IGNORED
-
-
-def _check_label_names(name: str, given: list[str] | None, count: int) -> list[str]:
-    """The names of ``count`` classes: those given, else their numbers.
-
-    Raises:
-        UserError: fewer are given.
-    """
-    if given is not None and len(given) < count:
-        raise UserError(f"tasks.{name}.label_names: {len(given)} names, the masks have class "
-                        f"numbers up to {count - 1}")
-    return list(given) if given is not None else [str(number) for number in range(count)]
 
 
 def check_sizes(

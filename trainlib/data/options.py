@@ -1,15 +1,12 @@
 """Options of the data, of augmentation and of batches."""
 
-from collections.abc import Callable
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from trainlib import shards
 from trainlib.config import Options, UserError, nearest
-
-BUILTIN: dict[str, Callable] = {}
-"""What makes each builtin source, by name."""
+from trainlib.data import builtin
 
 
 class AugmentOptions(Options):
@@ -79,8 +76,9 @@ class DataOptions(Options):
     @field_validator("source")
     @classmethod
     def _builtin_is_there(cls, source: str) -> str:
-        if source.startswith("builtin:") and source not in BUILTIN:
-            raise ValueError(f"unknown{nearest(source, BUILTIN)}")
+        known = builtin.TABLES | builtin.TEXTS
+        if source.startswith("builtin:") and source not in known:
+            raise ValueError(f"unknown{nearest(source, known)}")
         return source
 
     @model_validator(mode="before")

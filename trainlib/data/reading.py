@@ -50,7 +50,7 @@ class Split:
         tensors = [*self.targets.values(), *([] if self.inputs is None else [self.inputs])]
         if device.type == "cuda":
             free = torch.cuda.mem_get_info(device)[0]
-            if sum(map(_num_bytes, tensors)) > SHARE_OF_MEMORY * free:
+            if sum(tensor.nbytes for tensor in tensors) > SHARE_OF_MEMORY * free:
                 return self
 
         def move(stored: Tensor) -> Tensor:
@@ -106,10 +106,6 @@ class Split:
                 target = table.to(target.device)[target.int()]
             given[name] = target if target.is_floating_point() else target.long()
         return given
-
-
-def _num_bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
 
 
 def model_inputs(stored: Tensor) -> Tensor:

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trainlib.config import UserError
+from trainlib.data.columns import TEXT, kinds_of, read_column
 from trainlib.data.fresh_lines import as_utf8, check_header, is_nothing, read_lines
 from trainlib.data.options import DataOptions
-from trainlib.data.tables import _IMAGES, _ending, _files_to_read, read_tables
+from trainlib.data.tables import IMAGE_ENDINGS, ending_of, files_to_read, read_tables
 
 if TYPE_CHECKING:
     import datasets
@@ -45,7 +46,7 @@ def read_rough(
     if images:
         return {"train": _table_of_images(images, (used.inputs or ["image"])[0])}, {}
     files = []
-    if _ending(source) in _LINES:
+    if ending_of(source) in _LINES:
         files = [source] if Path(source).is_file() else sorted(glob.glob(source, recursive=True))
     try:
         is_misread = any([check_header(file, used.inputs, used.targets) for file in files])
@@ -53,7 +54,7 @@ def read_rough(
             tables = read_tables(source, options, "DATA")
             if not files or _is_as_written(tables["train"], used):
                 return tables, {}
-            if texts and _ending(source) in _SEPARATED:
+            if texts and ending_of(source) in _SEPARATED:
                 return _read_texts(source, texts), {}
         refused = None
     except _BROKEN as error:
@@ -96,7 +97,7 @@ def _read_texts(source: str, texts: list[str]) -> dict[str, datasets.Dataset]:
     import datasets
 
     read = dict.fromkeys(texts, _text)
-    return dict(datasets.load_dataset(**_files_to_read(source), converters=read))
+    return dict(datasets.load_dataset(**files_to_read(source), converters=read))
 
 
 def _text(field: str) -> str | None:
@@ -123,7 +124,7 @@ def _loose_images(source: str) -> list[str]:
 
 
 def _images(files: list[str]) -> list[str]:
-    return [file for file in files if Path(file).suffix.lower() in _IMAGES]
+    return [file for file in files if Path(file).suffix.lower() in IMAGE_ENDINGS]
 
 
 def _refuse_folders_beside(folder: Path, images: list[str]) -> None:
@@ -173,8 +174,6 @@ def only_unicode(
     import datasets
     import pyarrow
 
-    from trainlib.data.columns import TEXT, kinds_of, read_column
-
     kinds, mended = kinds_of(table), {}
     for name in [*inputs, *targets]:
         if kinds.get(name) != TEXT:
@@ -200,8 +199,6 @@ def only_unicode(
 def image_files(table: datasets.Dataset, column: str) -> list[str] | None:
     """The file of each row's image, where they are known."""
     import datasets
-
-    from trainlib.data.columns import read_column
 
     if isinstance(table.features[column], datasets.Value):
         return None

@@ -72,14 +72,14 @@ def open_source(options: DataOptions) -> Source:
                       lambda tasks: _split_builtin_table(options, table, tasks))
     if not is_hub_id(options.source):
         refuse_options(options, ("revision", "subset"), "is not on the Hub")
-    tables = _open_tables(options)
+    tables = open_tables(options)
     kinds = kinds_of(tables[0][1])
     chosen = [options.input] if isinstance(options.input, str) else options.input or []
     return Source(target_candidates(kinds, chosen, options.tokenizer is not None), list(kinds),
                   lambda tasks: _split_tables(options, tables, kinds, tasks))
 
 
-def _open_tables(options: DataOptions) -> list[tuple[str, datasets.Dataset]]:
+def open_tables(options: DataOptions) -> list[tuple[str, datasets.Dataset]]:
     """The training table and, unless a share is to be held out, the validation table.
 
     Each comes after what it is, for messages.

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 _BUILDERS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".json": "json",
              ".jsonl": "json", ".arrow": "arrow", ".txt": "text"}
-_IMAGES = {".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm", ".png",
-           ".ppm", ".tif", ".tiff", ".webp"}
+IMAGE_ENDINGS = {".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm", ".png",
+                 ".ppm", ".tif", ".tiff", ".webp"}
 _SAVED = ("state.json", "dataset_dict.json")  # in a folder of save_to_disk
 
 
@@ -64,7 +64,7 @@ def read_tables(source: str, options: DataOptions, option: str) -> dict[str, dat
 
 def is_hub_id(source: str) -> bool:
     """Whether a source, being nothing on this machine, reads like a data set's id on the Hub."""
-    is_local = (is_object_spec(source) or glob.has_magic(source) or _ending(source) in _BUILDERS
+    is_local = (is_object_spec(source) or glob.has_magic(source) or ending_of(source) in _BUILDERS
                 or Path(source).exists())
     return not is_local and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) is not None
 
@@ -91,7 +91,7 @@ def _load(source: str, options: DataOptions) -> object:
             return tables
         read = partial(datasets.load_dataset, source)
     elif path.is_file() or glob.has_magic(source):
-        read = partial(datasets.load_dataset, **_files_to_read(source))
+        read = partial(datasets.load_dataset, **files_to_read(source))
     elif is_hub_id(source):
         where += " is no file or folder here, and as a data set of the Hugging Face Hub it"
         read = partial(datasets.load_dataset, source, options.subset, revision=options.revision)
@@ -108,9 +108,13 @@ def _load(source: str, options: DataOptions) -> object:
                          f"{' '.join(str(error).split())}") from error
 
 
-def _files_to_read(source: str) -> dict:
-    """What ``load_dataset`` is given for a file or a glob."""
-    ending = _ending(source)
+def files_to_read(source: str) -> dict:
+    """What ``load_dataset`` is given for a file or a glob.
+
+    Raises:
+        ValueError: an ending that no reader knows, or no file with anything in it.
+    """
+    ending = ending_of(source)
     if ending not in _BUILDERS:
         given = f"the ending {ending} is unknown" if ending else "the name has no ending"
         raise ValueError(f"{source}: {given}; known are {', '.join(_BUILDERS)}")
@@ -130,7 +134,7 @@ def _files_to_read(source: str) -> dict:
     return arguments
 
 
-def _ending(source: str) -> str:
+def ending_of(source: str) -> str:
     """``.csv`` of ``x.csv`` and of ``x.csv.gz``."""
     endings = [suffix.lower() for suffix in Path(source).suffixes]
     if endings and endings[-1] in (".gz", ".zst"):
@@ -150,7 +154,7 @@ def _class_folders(folder: Path) -> dict[str, datasets.Dataset] | None:
     if not found:
         raise ValueError(f"the folder {folder} is empty")
     places = [name.split(os.sep) for name in found
-              if os.path.splitext(name)[1].lower() in _IMAGES]
+              if os.path.splitext(name)[1].lower() in IMAGE_ENDINGS]
     is_told_otherwise = any(os.path.basename(name).startswith("metadata.") for name in found)
     if is_told_otherwise or all(len(place) == 1 for place in places):
         return None

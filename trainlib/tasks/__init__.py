@@ -31,6 +31,7 @@ __all__ = [
     "logged_metrics", "losses_of_trial", "metric_names", "num_outputs", "resolve",
 ]
 
+
 def build_tasks(
     options: dict[str, TaskOptions], targets: dict[str, TargetInfo]
 ) -> list[Task]:
@@ -124,11 +125,14 @@ def logged_metrics(tasks: list[Task], results: dict[str, dict]) -> dict[str, flo
     """``eval/*`` of the results by task: the task's name stands in the key if there are several."""
     logged = {"eval/loss": sum(task.weight * results[task.name]["loss"] for task in tasks)}
     for task in tasks:
-        prefix = f"eval/{task.name}/" if len(tasks) > 1 else "eval/"
-        result = results[task.name]
+        prefix, result = _prefix(task, tasks), results[task.name]
         logged |= {f"{prefix}loss": result["loss"]} if len(tasks) > 1 else {}
         logged |= {f"{prefix}{name}": value for name, value in task.logged(result).items()}
     return logged
+
+
+def _prefix(task: Task, tasks: list[Task]) -> str:
+    return f"eval/{task.name}/" if len(tasks) > 1 else "eval/"
 
 
 def metric_names(tasks: list[Task]) -> list[str]:
@@ -142,8 +146,7 @@ def headline(tasks: list[Task]) -> list[str]:
     """The keys of ``logged_metrics`` that the terminal shows."""
     names = ["eval/loss"]
     for task in tasks:
-        prefix = f"eval/{task.name}/" if len(tasks) > 1 else "eval/"
-        names += [prefix + name for name in task.headline]
+        names += [_prefix(task, tasks) + name for name in task.headline]
     return names
 
 
