@@ -430,7 +430,7 @@ def test_a_folder_that_is_no_run_is_refused_in_a_line(tmp_path, name, text, mess
 
 def test_a_compiled_run_and_one_in_channels_last_are_the_same_to_rounding(tmp_path):
     # By SGD: Adam's first step, of the sign of a gradient, magnifies rounding.
-    flags = ("--model.name", "resnet", "--optim.name", "sgd", "--optim.lr", "0.1",
+    flags = ("--model.name", "resnet", "--optim.name", "sgd", "--optim.lr", "1e-3",
              "--log.every", "1")
     plain = run(tmp_path / "plain", *flags)
     compiled = run(tmp_path / "compiled", *flags, "--model.compile", "eager")
