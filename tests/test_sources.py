@@ -247,6 +247,18 @@ def test_options_that_a_source_has_no_use_for_are_refused(tmp_path):
     assert "data.image_size: has no meaning" in refusal(source=write(tmp_path, "csv"), image_size=8)
 
 
+def test_a_data_set_of_the_hub_is_asked_for_by_subset_and_revision(monkeypatch):
+    asked = []
+
+    def load_dataset(*arguments, **named):
+        asked.append((arguments, named))
+        return table()
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    load("kind", source="nobody/fruit", subset="dried", revision="v1")
+    assert asked == [(("nobody/fruit", "dried"), {"revision": "v1"})]
+
+
 @pytest.mark.parametrize("body, told", [
     ("return D.to_iterable_dataset()", "is a stream"),
     ("return {'train': D.to_iterable_dataset()}", "is a stream"),
