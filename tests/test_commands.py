@@ -319,12 +319,12 @@ def test_a_run_is_loaded_and_the_net_of_its_card_too(run, monkeypatch):
 def test_numbers_of_a_regression_are_in_the_targets_units_as_the_readme_says(run):
     run(next(command for command in COMMANDS if command.endswith("runs/houses")))
     text = block("import torch\n    from trainlib.models import load_model")
-    lines = re.search(r"# of a regression: (.*)\n# +(price = .*)\n", text).groups()
+    lines = text.split("# of a regression:\n")[1].replace("\n# ", "\n").removeprefix("# ")
     model, houses = load_model("runs/houses"), pandas.read_csv("houses.csv")
     inputs = torch.tensor(houses[["rooms", "area"]].to_numpy(), dtype=torch.float32)
     with torch.no_grad():
         found = {"torch": torch, "model": model, "output": model(inputs)}
-    exec("\n".join(lines), found)
+    exec(lines, found)
     asked = ["runs/houses", "houses.csv", "--device", "cpu", "--out", "prices.csv"]
     assert predict.main(asked) == 0
     told = pandas.read_csv("prices.csv").prediction.to_numpy()
@@ -336,3 +336,17 @@ def test_the_keys_of_fsdp2_are_those_of_its_file():
     keys = yaml.safe_load((ROOT / "accelerate_configs" / "fsdp2.yaml").read_text())
     assert wanted.pop("fsdp_config").items() <= keys["fsdp_config"].items()
     assert wanted.items() <= keys.items()
+
+
+def test_what_is_named_where_things_are_added_is_there():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("## Where things")[1]
+    for entry in text.split("\n- ")[1:]:
+        names = re.findall(r"`([^`]+)`", entry)
+        files = [ROOT / name for name in names if name.endswith(".py")]
+        assert any(file.parent.name == "tests" for file in files)
+        source = "".join(file.read_text(encoding="utf-8") for file in files)
+        source += (ROOT / "trainlib" / "config" / "options.py").read_text(encoding="utf-8")
+        source += (ROOT / "trainlib" / "tasks" / "task.py").read_text(encoding="utf-8")
+        for name in names:
+            if re.fullmatch(r"\w+(\.\w+)?", name) and name != "config.yaml":
+                assert re.search(rf"\b{name.rpartition('.')[2]}\b", source), name

@@ -186,7 +186,8 @@ def test_the_benchmarks_command_trains_each_loop_and_draws(tmp_path, monkeypatch
 
     monkeypatch.setattr(same_curve, "train", made)
     monkeypatch.setattr(same_curve, "train_peer", made)
-    monkeypatch.setattr(same_curve, "find_spec", lambda name: name if name == "accelerate" else None)
+    monkeypatch.setattr(same_curve, "find_spec",
+                        lambda name: name if name == "accelerate" else None)
     monkeypatch.setattr(same_curve.sys, "argv", [
         "same_curve.py", "--peers", "--picture", str(tmp_path / "picture.png")])
     with pytest.raises(SystemExit) as end:
