@@ -175,3 +175,26 @@ def test_the_benchmarks_picture_has_a_column_for_each_loop(tmp_path, monkeypatch
     assert said == [same_curve.OURS, "exactly 0\nat every step,\nboth nets", "Lightning"]
     with Image.open(tmp_path / "picture.png") as image:
         assert image.width > image.height and len(image.getcolors()) > 8
+
+
+def test_the_benchmarks_command_trains_each_loop_and_draws(tmp_path, monkeypatch, capsys):
+    trained = []
+
+    def made(folder, job, *rest):
+        trained.append((job, *rest))
+        return made_training()
+
+    monkeypatch.setattr(same_curve, "train", made)
+    monkeypatch.setattr(same_curve, "train_peer", made)
+    monkeypatch.setattr(same_curve, "find_spec",
+                        lambda name: name if name == "accelerate" else None)
+    monkeypatch.setattr(same_curve.sys, "argv", [
+        "same_curve.py", "--peers", "--picture", str(tmp_path / "picture.png")])
+    with pytest.raises(SystemExit) as end:
+        same_curve.main()
+    assert end.value.code == 0 and (tmp_path / "picture.png").exists()
+    ours = [(flags, count, 60) for flags in same_curve.JOBS.values() for count in (1, 2, 3)]
+    peers = [("accelerate", job, count, 60) for job in ("mlp", "resnet") for count in (1, 2)]
+    assert trained == ours + peers  # four micro-batches are no whole share of three processes
+    said = capsys.readouterr().out
+    assert "all equal, bit for bit" in said and "left out: lightning is not installed" in said
