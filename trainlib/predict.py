@@ -247,9 +247,8 @@ def main(arguments: list[str]) -> int:
             with told("--out"), open(options.out, "w", encoding="utf-8", newline="") as file:
                 csv.writer(file, lineterminator="\n").writerows(table)
         if options.evaluation:
-            text = json.dumps(evaluation(said), indent=1) + "\n"
             with told("--evaluation"):
-                options.evaluation.write_text(text, encoding="utf-8")
+                options.evaluation.write_text(durable.as_json(evaluation(said)), encoding="utf-8")
     except UserError as error:
         _say(str(error))
         return 2

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
@@ -118,7 +117,7 @@ def _write_examples(folder: Path, found: list[tuple[dict[str, Any], bytes | None
         if picture is not None:
             entry["image"] = f"{number:03d}.png"
             writers[entry["image"]] = partial(_write_bytes, picture)
-    text = json.dumps([entry for entry, _ in found], indent=1) + "\n"
+    text = durable.as_json([entry for entry, _ in found])
     writers["examples.json"] = partial(_write_bytes, text.encode())
     durable.write_folder(folder, writers, with_manifest=False)
 
