@@ -15,7 +15,7 @@ from trainlib.lr_suggestion import (
     fitted_curve,
     suggest,
 )
-from trainlib.lr_sweep import StopRule, drive, smooth, sweep_rates
+from trainlib.lr_sweep import StopRule, drive, sweep_rates
 
 LR_MIN, LR_MAX = 1e-6, 10.0
 
@@ -84,14 +84,13 @@ def test_impossible_sweeps_are_refused(lr_min, lr_max, num_steps, spacing):
         sweep_rates(lr_min, lr_max, num_steps, spacing)
 
 
-def test_smoothing_is_the_weighted_mean_of_the_past():
-    losses, beta = [5.0, -1.0, 2.0, 7.0], 0.8
-    for number, value in enumerate(smooth(losses, beta)):
-        weights = [beta ** (number - i) for i in range(number + 1)]
+def test_the_stop_rule_looks_at_the_weighted_mean_of_the_past():
+    losses, rule = [5.0, -1.0, 2.0, 7.0], StopRule(50)
+    for number, loss in enumerate(losses):
+        rule.update(loss)
+        weights = [rule.beta ** (number - i) for i in range(number + 1)]
         mean = sum(w * x for w, x in zip(weights, losses, strict=False)) / sum(weights)
-        assert value == pytest.approx(mean)
-    assert smooth([0.1] * 50, 0.98) == [0.1] * 50
-    assert smooth(losses, 0.0) == losses and smooth([], 0.9) == []
+        assert rule._mean == pytest.approx(mean)
 
 
 def stopped_at(losses):

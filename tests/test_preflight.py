@@ -41,7 +41,7 @@ def test_it_says_what_would_run_and_writes_nothing(tmp_path, processes):
     assert result.returncode == 0, result.stderr
     assert list(tmp_path.iterdir()) == []
     lines = dict(re.findall(r"^(\w[\w ]*?)  +(.*)$", result.stdout, re.MULTILINE))
-    assert lines["processes"] == f"{processes}, on 1 machines"
+    assert lines["processes"] == f"{processes}, on 1 machine"
     assert lines["backend"] == ("none, one process" if processes == 1 else "gloo")
     own = len(plan.assign(80, 16, 0, processes))
     assert lines["batch"].endswith(f"in 5 micro-batches of 16, {own} on each process")

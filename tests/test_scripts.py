@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -171,6 +173,14 @@ def test_launches_that_would_train_something_else_are_refused_in_one_line(
     [line] = [text for text in result.stderr.splitlines() if text.startswith("train.py:")]
     assert message in line and "Traceback" not in result.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_words_with_which_code_ends_the_process_are_said():
+    script = ("import sys\nfrom trainlib import runtime\n"
+              "runtime.run(lambda arguments: sys.exit('no data'))")
+    command = [sys.executable, "-c", script]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (1, "", "no data\n")
 
 
 def test_a_folder_with_other_files_is_no_run_folder(tmp_path):

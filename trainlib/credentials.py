@@ -34,9 +34,13 @@ _SPECIAL_TOKEN = re.compile(r"<.*>|\[.*\]|\s*")  # pad_token: <pad> is a word of
 _SHORTEST = 8  # letters; a shorter value of a variable would be found in texts that are none
 
 
+def _words(name: str) -> list[str]:
+    return [word.lower() for word in _WORD.findall(name)] or [""]
+
+
 def _is_secret(name: str, text: str) -> bool:
     """Whether an option or variable of this name holds a secret, if this is its value."""
-    *before, last = [word.lower() for word in _WORD.findall(name)] or [""]
+    *before, last = _words(name)
     if last in ("keys", "tokens"):  # of which max_tokens are numbers
         return bool(_OF_A_KEY & set(before))
     last = last.removesuffix("s") if last.removesuffix("s") in _SECRET_WORDS else last
@@ -85,9 +89,8 @@ def _secret_variables() -> dict[str, str]:
     for name, value in os.environ.items():
         if name in ("PWD", "OLDPWD"):  # folders, maybe of another machine
             continue
-        *before, last = [word.lower() for word in _WORD.findall(name)] or [""]
         # Any KEY of the environment is one; the name of a file that holds it is not.
-        is_named = last in _SECRET_WORDS | {"key", "keys"} or _is_secret(name, value)
+        is_named = _words(name)[-1] in _SECRET_WORDS | {"key", "keys"} or _is_secret(name, value)
         if is_named and len(value) >= _SHORTEST and not os.path.exists(value):
             found[name] = value
     return found

@@ -59,6 +59,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
+def as_json(content: Any) -> str:
+    """A file of JSON, for people too."""
+    return json.dumps(content, indent=1) + "\n"
+
+
 def write_folder(
     target: Path, writers: Mapping[str, Callable[[Path], object]], with_manifest: bool = True
 ) -> None:

@@ -70,12 +70,12 @@ class Finished:
 
     def _check_labels(self) -> None:
         for name, labels in self.labels.items():
-            names, known = labels, self.model.args.get("classes")
+            known = self.model.args.get("classes")
             count = known.get(name) if isinstance(known, dict) else known
-            is_binary = (self.config["tasks"][name] or {}).get("loss") == "bce"
-            if isinstance(names, list) and names and isinstance(count, int) and not is_binary:
-                if len(names) != count:
-                    raise UserError(f"{self.folder}/labels.json: {name} has {len(names)} labels, "
+            is_binary = self.config["tasks"][name].get("loss") == "bce"
+            if isinstance(labels, list) and labels and isinstance(count, int) and not is_binary:
+                if len(labels) != count:
+                    raise UserError(f"{self.folder}/labels.json: {name} has {len(labels)} labels, "
                                     f"the net {count} outputs; both belong to one run")
 
     def data(self) -> DataOptions:

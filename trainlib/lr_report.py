@@ -1,10 +1,10 @@
-"""What a learning-rate sweep is asked and what it leaves: options, files, the answer in words."""
+"""A learning-rate sweep beside its numbers: options, its way to the loss and the terminal, files,
+the answer in words."""
 
 from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -103,7 +103,7 @@ def auto_rate(
             run_log.say(write_report(run_log.folder, [found], suggestion, {}))
         except OSError as error:  # the answer is what the run needs
             run_log.say(f"lr_find: {suggestion.verdict}; its files could not be written "
-                f"({error.strerror or error})")
+                        f"({error.strerror or error})")
     if suggestion.answer is None:
         raise UserError(f"optim.lr: auto: {suggestion.verdict}; give a number as --optim.lr, or "
                         "find one with lr_find.py, which has these options")
@@ -133,13 +133,13 @@ def write_report(
             "; no short run ended with a finite loss")
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "lr_find.yaml").unlink(missing_ok=True)  # of an earlier sweep
-    durable.write_text(run_dir / "lr_find.json", json.dumps({
+    durable.write_text(run_dir / "lr_find.json", durable.as_json({
         "suggestion": answer, "verdict": verdict, "doubt": suggestion.doubt,
         "suggestions": suggestion.by_method,
         "verified": [{"lr": lr, "eval_loss": _plain(loss)} for lr, loss in verified.items()],
         "lrs": lrs, "losses": losses, "low": low, "high": high,
         "repeats": [{"lrs": one, "losses": [_plain(loss) for loss in its]} for one, its in runs],
-    }, indent=1) + "\n")
+    }))
     table = io.StringIO()
     rows = csv.writer(table, lineterminator="\n")
     rows.writerow(["lr", "loss", "low", "high"])

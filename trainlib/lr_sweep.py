@@ -1,4 +1,4 @@
-"""A learning-rate range test while it runs: rates, smoothing, stop rule; pure functions.
+"""A learning-rate range test while it runs: rates, stop rule, the loop over both.
 
 What the finished curve says is ``lr_suggestion``'s.
 """
@@ -43,16 +43,6 @@ def sweep_rates(
     return rates
 
 
-def smooth(losses: Sequence[float], beta: float) -> list[float]:
-    """The causal exponential mean of the losses, weights divided by their sum, so unbiased."""
-    means, mean, total = [], 0.0, 0.0
-    for loss in losses:
-        total = beta * total + 1
-        mean += (loss - mean) / total  # leaves a constant loss exactly as it is
-        means.append(mean)
-    return means
-
-
 class StopRule:
     """Says when a sweep has seen enough; processes that feed it the same losses stop alike.
 
@@ -77,6 +67,7 @@ class StopRule:
             return True
         self._changes += abs(loss - self.losses[-1]) if self.losses else 0.0
         self.losses.append(loss)
+        # The exponential mean, unbiased, which leaves a constant loss exactly as it is.
         self._total = self.beta * self._total + 1
         self._mean += (loss - self._mean) / self._total
         if len(self.losses) <= self.num_first:

@@ -24,7 +24,6 @@ import json
 import math
 import sys
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TextIO
@@ -34,7 +33,7 @@ from accelerate.utils import convert_outputs_to_fp32
 from pydantic import ValidationError
 from torch import Tensor
 
-from trainlib import memory, tasks
+from trainlib import durable, memory, tasks
 from trainlib.config import UserError
 from trainlib.data import DataOptions, EvalReader
 from trainlib.data.fresh import Fresh, Known, read_rows
@@ -155,12 +154,8 @@ def predict(
 
 
 def _precision_of(run: Finished) -> str:
-    try:
-        found = json.loads((run.folder.parent / "environment.json").read_text(encoding="utf-8"))
-        precision = found["mixed_precision"]
-    except (OSError, ValueError, LookupError, TypeError):
-        return "no"
-    return precision if precision in _PRECISIONS else "no"
+    found = durable.read_json(run.folder.parent / "environment.json").get("mixed_precision")
+    return found if found in _PRECISIONS else "no"
 
 
 def evaluation(said: Mapping[str, dict]) -> dict[str, dict]:
@@ -185,11 +180,10 @@ def _metrics(task_list: list[Task], said: Mapping[str, dict]) -> dict[str, float
 def _compared(run: Finished, found: dict[str, dict]) -> list[str]:
     """A line about the run's own evaluation of the same samples, if there is one."""
     file = run.folder / "evaluation.json"
-    try:
-        wanted = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    wanted = durable.read_json(file)
+    if not wanted:
         return []
-    if json.dumps(wanted) == json.dumps(json.loads(json.dumps(found))):
+    if json.dumps(wanted) == json.dumps(found):
         return [f"the same as {file}, bit for bit"]
     return [f"not the bits of {file}: other data, another batch size, device, precision or "
             "version of torch, or a compiled net"]
@@ -220,7 +214,6 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: list[str]) -> int:
     """Returns the exit code: 2 for a mistake of the user, or where no row can be read."""
     options = _parser().parse_args(arguments)
-    say = partial(print, file=sys.stderr)
     try:
         if options.batch_size is not None and options.batch_size < 1:
             raise UserError(f"--batch_size: 1 or more, got {options.batch_size}")
@@ -254,11 +247,10 @@ def main(arguments: list[str]) -> int:
             with told("--out"), open(options.out, "w", encoding="utf-8", newline="") as file:
                 csv.writer(file, lineterminator="\n").writerows(table)
         if options.evaluation:
-            text = json.dumps(evaluation(said), indent=1) + "\n"
             with told("--evaluation"):
-                options.evaluation.write_text(text, encoding="utf-8")
+                options.evaluation.write_text(durable.as_json(evaluation(said)), encoding="utf-8")
     except UserError as error:
-        say(f"predict: {error}")
+        _say(str(error))
         return 2
     _report(run, fresh, task_list, said, out, options, is_own)
     return 0
@@ -277,35 +269,38 @@ def _report(
     run: Finished, fresh: Fresh, task_list: list[Task], said: Mapping[str, dict], out: TextIO,
     options: argparse.Namespace, is_own: bool,
 ) -> None:
-    say = partial(print, file=sys.stderr)
     for row in sorted(fresh.unread)[:_SHOWN]:
         why = fresh.unread[row]
-        say(f"predict: {'' if f'row {row}' in why else f'row {row}: '}{why}")
+        _say(f"{'' if f'row {row}' in why else f'row {row}: '}{why}")
     if len(fresh.unread) > _SHOWN:
-        say(f"predict: and {len(fresh.unread) - _SHOWN:,} more rows, in the table")
+        _say(f"and {len(fresh.unread) - _SHOWN:,} more rows, in the table")
     for note in fresh.notes:
-        say(f"predict: {note}")
+        _say(note)
     for name, value in _metrics(task_list, said).items():
         print(f"{name} {value!r}", file=out)
     for task in task_list:
         bad = sorted(int(fresh.split.rows[place]) for place in said[task.name]["not_finite"])
         if bad:
             shown = ", ".join(map(str, bad[:_SHOWN])) + (", ..." if len(bad) > _SHOWN else "")
-            say(f"predict: {task.name}: {NOT_FINITE} in {len(bad):,} rows, which have no "
-                f"prediction: {shown}")
+            _say(f"{task.name}: {NOT_FINITE} in {len(bad):,} rows, which have no "
+                 f"prediction: {shown}")
     if is_own and options.data is not None and options.split is None:
-        say(f"predict: {options.data} is what the run was trained on: these rows include those of "
-            "the training, so the metrics flatter; --split validation has the others")
+        _say(f"{options.data} is what the run was trained on: these rows include those of "
+             "the training, so the metrics flatter; --split validation has the others")
     if is_own and (options.split or options.data) in ("validation", None):
         for line in _compared(run, evaluation(said)):
-            say(f"predict: {line}")
+            _say(line)
     for task in task_list:
         missing = int((fresh.split.num_valid[task.name] == 0).sum())
         if "metrics" in said[task.name] and missing:
-            say(f"predict: {missing:,} rows without a {task.name} are predicted, not evaluated")
+            _say(f"{missing:,} rows without a {task.name} are predicted, not evaluated")
     unread = f"; {len(fresh.unread):,} rows cannot be read" if fresh.unread else ""
-    say(f"predict: {len(fresh.split):,} of {fresh.num_rows:,} rows predicted by {run.folder} on "
-        f"{run.device}{unread}" + ("" if options.out == "-" else f": {options.out}"))
+    _say(f"{len(fresh.split):,} of {fresh.num_rows:,} rows predicted by {run.folder} on "
+         f"{run.device}{unread}" + ("" if options.out == "-" else f": {options.out}"))
+
+
+def _say(line: str) -> None:
+    print(f"predict: {line}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -216,8 +216,9 @@ def _launch_lines(accelerator: Accelerator, world: list[dict]) -> list[str]:
     backend = torch.distributed.get_backend() if is_distributed else "none, one process"
     versions = ", ".join(f"{name} {value}" for name, value in world[0]["versions"].items()
                          if value is not None and name != "precision")
+    num_machines = len({process["host"] for process in world})
     return [
-        f"processes   {len(world)}, on {len({process['host'] for process in world})} machines",
+        f"processes   {len(world)}, on {num_machines} machine{'s' * (num_machines > 1)}",
         *(f"            {_processes(ranks)}: {host}, {device}"
           for (host, device), ranks in places.items()),
         f"kind        {accelerator.distributed_type.value}", f"backend     {backend}",

@@ -6,7 +6,6 @@ speaks. A tracker that fails is left out with one line, and training goes on.
 
 from __future__ import annotations
 
-import json
 import math
 import resource
 import sys
@@ -25,6 +24,7 @@ from torch import nn
 from trainlib import plots, shards, terminal
 from trainlib.config import Options
 from trainlib.journal import Journal
+from trainlib.plots.records import read_records
 from trainlib.schedule import (
     check_duration,
     check_interval,
@@ -124,7 +124,7 @@ class RunLog:
         )
         self.trackers.start(self.say)
         if self.trackers:
-            self.trackers.replay(self._records())
+            self.trackers.replay(read_records(self._journal.path))  # of former starts
 
     def say(self, *lines: str | None) -> None:
         """Lines on the terminal, from the main process; None is silent."""
@@ -197,7 +197,7 @@ class RunLog:
         trackers."""
         if not self.is_main:
             return
-        self._end_bar()
+        self._progress.end()
         self._hand_over(state)
         if self.options.report:
             now = datetime.now(UTC).isoformat(timespec="seconds")
@@ -230,7 +230,7 @@ class RunLog:
             Whether a tracker was given up, which may yet hold the process back.
         """
         if self.is_main and not self._journal.is_closed:
-            self._end_bar()
+            self._progress.end()
             self._journal.close()
             if exit_code == _DIVERGED and self.options.report:
                 self._draw()
@@ -246,26 +246,14 @@ class RunLog:
         self._journal.append(record)
         self.trackers.log(record)
 
-    def _records(self) -> list[dict]:
-        """Those of before an interruption."""
-        records = []
-        with suppress(OSError):  # nothing yet, or a disk that is gone
-            for line in self._journal.path.read_bytes().splitlines():
-                with suppress(ValueError):  # what a power cut has torn
-                    records.append(json.loads(line))
-        return [record for record in records if isinstance(record, dict) and "step" in record]
-
-    def _end_bar(self) -> None:
-        self._progress.end()
-
     def _hand_over(self, state: Progress) -> None:
         """Gives the trackers what stands for the run: the best evaluation and, if asked for, the
         models. The best may be from before an interruption."""
         if not self.trackers or not state.best_results:
             return
-        records = [record for record in self._records() if record["step"] == state.best_step]
-        best = {name: value for record in records for name, value in record.items()
-                if name.startswith("eval/")}
+        best = {name: value for record in read_records(self._journal.path)
+                if record["step"] == state.best_step
+                for name, value in record.items() if name.startswith("eval/")}
         self.trackers.summary(_best(state.best_step, best))
         if self.options.upload_model:
             name = f"{self.options.name or self.folder.name}-model"

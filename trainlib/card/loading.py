@@ -51,9 +51,9 @@ def program(facts: Facts, export: Export) -> str:
         text += ['with open("labels.json", encoding="utf-8") as file:',
                  "    labels = json.load(file)"]
     for name, task in facts.tasks.items():
-        picked = facts.portable.pick.format(task=_quoted(name))
+        quoted = _quoted(name)
+        picked = facts.portable.pick.format(task=quoted)
         if len(facts.tasks) > 1 and picked == "output.logits":
-            quoted = _quoted(name)
             picked = f"(output[{quoted}] if {quoted} in output else output.logits)"
         text += _answer(name, task, picked, facts, export)
     return "\n".join(text)
@@ -102,9 +102,7 @@ def _inputs(facts: Facts, export: Export) -> list[str]:
             f"inputs = torch.tensor([tokens + [{facts.pad_id or 0}] * ({length} - len(tokens))])"]
 
 
-def _answer(
-    name: str, task: dict, picked: str, facts: Facts, export: Export
-) -> list[str]:
+def _answer(name: str, task: dict, picked: str, facts: Facts, export: Export) -> list[str]:
     """Lines that say what the output of a task means."""
     known = f"labels[{_quoted(name)}]"
     match task["kind"]:

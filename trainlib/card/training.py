@@ -75,7 +75,8 @@ def _distillation(facts: Facts) -> list[str]:
     distill, parts = facts.config["distill"], []
     if distill["kd_weight"] > 0:
         terms = {name: _term(distill, name, task) for name, task in facts.tasks.items()}
-        named = ", ".join(f"{_given_term(*term)} ({name})" for name, term in terms.items())
+        named = ", ".join(f"{term}{_given(' with ', args)} ({name})"
+                          for name, (term, args) in terms.items())
         parts.append(f"soft loss {named}, weight {distill['kd_weight']:g}")
         if {term for term, _ in terms.values()} - _WITHOUT_TEMPERATURE:
             parts.append(f"temperature {distill['temperature']:g}")
@@ -109,10 +110,6 @@ def _term(distill: dict[str, Any], name: str, task: dict[str, Any]) -> tuple[str
     else:
         fit = kd_losses.NUMBER_TERMS if kind == "regression" else kd_losses.CLASS_TERMS
     return chosen["loss"] or next(iter(fit)), chosen["loss_args"]
-
-
-def _given_term(term: str, args: dict[str, Any]) -> str:
-    return term + _given(" with ", args)
 
 
 def _given(before: str, args: dict[str, Any]) -> str:

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 CARD = "README.md"
 _MAX_TOKENIZER_BYTES = 20 * 2**20
-_SCALARS = (int, float)
 
 
 class ModelCard:
@@ -93,11 +92,12 @@ class ModelCard:
             environment = durable.read_json(self.run_dir / "environment.json")
             search = durable.read_json(self.run_dir / "lr_find.json")
             tokenizer = self._tokenizer_file()
+            is_found = search.get("suggestion") == peak_lr and "verdict" in search
             export = Export(
-                which, labels, self.metrics_of(results), step, peak_lr,
-                search if search.get("suggestion") == peak_lr and "verdict" in search else {},
-                environment.get("starts", []), environment.get("git_commit"),
-                next(iter(tokenizer), None),
+                which=which, labels=labels, metrics=self.metrics_of(results), step=step,
+                peak_lr=peak_lr, lr_search=search if is_found else {},
+                starts=environment.get("starts", []), commit=environment.get("git_commit"),
+                tokenizer=next(iter(tokenizer), None),
             )
             text = self.facts.public(card_text(self.facts, export))
             card = f"---\n{front_matter(self.facts, export)}\n---\n\n{text}"
@@ -162,7 +162,7 @@ def _teacher(options: dict[str, Any]) -> dict[str, Any]:
         f"{task}/{name}" if len(results) > 1 else name: value
         for task, result in results.items() if isinstance(result, dict)
         for name, value in result.items()
-        if isinstance(value, _SCALARS) and not isinstance(value, bool)
+        if isinstance(value, int | float) and not isinstance(value, bool)
     }
     try:
         net = parse_yaml((found / "config.yaml").read_text(encoding="utf-8"))["model"]["name"]

@@ -193,8 +193,8 @@ class Checkpoints:
             tensors = shards.gathered(tensors, self.is_main)
         if not self.is_main:
             return
-        texts = {CONFIG: self.config, "labels.json": json.dumps(labels, indent=1) + "\n",
-                 "evaluation.json": json.dumps(results, indent=1) + "\n"}
+        texts = {CONFIG: self.config, "labels.json": durable.as_json(labels),
+                 "evaluation.json": durable.as_json(results)}
         described = self._describe and self._describe(name, labels, results)
 
         def write(copies: Files) -> None:

@@ -3,7 +3,9 @@
 Everything is measured with the job's own parts, in fp32 on one process, and nothing is written.
 What can be told without learning is (``parameters``, ``samples``, ``first_batches``); then one
 micro-batch is learnt by heart (``learning``), and held-out samples are predicted after a short
-training (``held_out``), each against what a net that knows nothing loses (``baseline``).
+training (``held_out``), each against what a net that knows nothing loses (``baseline``). All share
+the ``job``, the ``pace`` at which it can be looked at, and the report (``findings``), of which
+``page`` makes the text.
 """
 
 from __future__ import annotations

@@ -35,17 +35,20 @@ def constant_losses(task: Task, row: Tensor, targets: dict[str, Tensor]) -> Tens
 
 def per_sample(task: Task, losses: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """Mean loss [samples] of each sample's items, and which samples have any."""
-    valid = is_valid(target)
-    items = task.items(valid.flatten(1).sum(1) if valid.ndim > 1 else valid.long())
+    items = _items(task, target)
     losses = losses.flatten(1).sum(1) if losses.ndim > 1 else losses
     return losses.cpu().double() / items.cpu().clamp(min=1), items.cpu() > 0
 
 
 def mean_loss(task: Task, losses: Tensor, target: Tensor) -> float:
     """Over all items."""
+    return float(losses.sum()) / max(1, int(_items(task, target).sum()))
+
+
+def _items(task: Task, target: Tensor) -> Tensor:
+    """[samples] how many losses of each sample count."""
     valid = is_valid(target)
-    items = task.items(valid.flatten(1).sum(1) if valid.ndim > 1 else valid.long())
-    return float(losses.sum()) / max(1, int(items.sum()))
+    return task.items(valid.flatten(1).sum(1) if valid.ndim > 1 else valid.long())
 
 
 def loss_of_constant(task: Task, row: Tensor, targets: dict[str, Tensor]) -> float:
@@ -93,9 +96,8 @@ def best_constant(task: Task, targets: dict[str, Tensor], prior: float = 1.0) ->
 def floor(task: Task, targets: dict[str, Tensor]) -> float:
     """The least mean loss that any outputs could have, such as that of smoothed labels."""
     target = targets[task.name]
-    is_own = not task.loss_name
     smoothed = task.loss.keywords.get("label_smoothing")
-    if not smoothed or is_own:
+    if not smoothed or not task.loss_name:  # a loss of the user's own may mean something else
         return 0.0
     share = torch.full((task.num_outputs,), smoothed / task.num_outputs, dtype=torch.float64)
     share[0] += 1 - smoothed

@@ -17,7 +17,7 @@ from trainlib.config import UserError
 from trainlib.diagnosis import baseline
 from trainlib.diagnosis.dead_units import Alive, judge_alive
 from trainlib.diagnosis.findings import Report, number
-from trainlib.diagnosis.job import Batch, Job
+from trainlib.diagnosis.job import Batch, Job, keeping_modes
 from trainlib.diagnosis.outputs import (
     ends_in_sigmoid,
     judge_loss,
@@ -43,9 +43,8 @@ def check_fit(job: Job, batch: Batch, report: Report) -> bool:
     """Whether the net takes the inputs, and its outputs fit the tasks."""
     inputs, targets = batch.inputs[:2], {k: v[:2] for k, v in batch.targets.items()}
     try:
-        was_training = [(module, module.training) for module in job.module.modules()]
-        job.module.eval()
-        with torch.no_grad():
+        with keeping_modes(job.module), torch.no_grad():
+            job.module.eval()
             output = job.module(inputs, **job.arguments(targets))
             _measure(job, batch)
     except Exception as error:  # whatever a net of the user's own raises
@@ -53,9 +52,6 @@ def check_fit(job: Job, batch: Batch, report: Report) -> bool:
         report.error("model fails", f"the net cannot take inputs of shape {tuple(inputs.shape)}: "
                      f"{describe_error(error)}", "mend the net, or choose another --data.input")
         return False
-    finally:
-        for module, mode in was_training:
-            module.training = mode
     for task in job.tasks:
         try:
             task.check_output(output, targets, [each.name for each in job.tasks])

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from trainlib.diagnosis import baseline
 from trainlib.diagnosis.findings import Deadline, Finding, Report
-from trainlib.diagnosis.job import Batch, Job
+from trainlib.diagnosis.job import Batch, Job, keeping_modes
 from trainlib.diagnosis.learning import USUAL_DECAY
 
 _WARMUP_STEPS = 10
@@ -145,11 +145,10 @@ def _attempt(
     factor: float, deadline: Deadline, decays: bool = True,
 ) -> Attempt:
     """A short training at a multiple of the job's rate, to its end or until it is ahead."""
+    targets = {task.name: torch.cat([batch.targets[task.name].cpu() for batch in held_out])
+               for task in job.tasks}
     attempt = Attempt(constant=sum(
-        task.weight * baseline.loss_of_constant(
-            task, constants[task.name].cpu(), {
-                name: torch.cat([batch.targets[name].cpu() for batch in held_out])
-                for name in [task.name]})
+        task.weight * baseline.loss_of_constant(task, constants[task.name].cpu(), targets)
         for task in job.tasks))
     with job.untouched(uses_dropout=True):
         for wait, work, loss in _train(job, total, factor, decays):
@@ -219,20 +218,18 @@ def _compare(
     pairs: dict[str, list[tuple[Tensor, Tensor]]] = {
         task.name: [] for task in job.tasks if task.kind == "regression"}
     differences: dict[str, list[Tensor]] = {task.name: [] for task in job.tasks}
-    modes = [(module, module.training) for module in job.module.modules()]
-    job.module.eval()
-    for batch in held_out:
-        output = job.module(batch.inputs, **job.arguments(batch.targets))
-        for task in job.tasks:
-            mean = partial(baseline.per_sample, task, target=batch.targets[task.name])
-            own, has_items = mean(task.losses(output, batch.targets))
-            constant, _ = mean(baseline.constant_losses(
-                task, constants[task.name].to(job.device), batch.targets))
-            differences[task.name].append((constant - own)[has_items])
-            if task.name in pairs:
-                pairs[task.name].append((task.pick(output), batch.targets[task.name]))
-    for module, mode in modes:
-        module.training = mode
+    with keeping_modes(job.module):
+        job.module.eval()
+        for batch in held_out:
+            output = job.module(batch.inputs, **job.arguments(batch.targets))
+            for task in job.tasks:
+                mean = partial(baseline.per_sample, task, target=batch.targets[task.name])
+                own, has_items = mean(task.losses(output, batch.targets))
+                constant, _ = mean(baseline.constant_losses(
+                    task, constants[task.name].to(job.device), batch.targets))
+                differences[task.name].append((constant - own)[has_items])
+                if task.name in pairs:
+                    pairs[task.name].append((task.pick(output), batch.targets[task.name]))
     scores = {}
     for name, parts in differences.items():
         values = torch.cat(parts)

@@ -26,6 +26,17 @@ _MICRO_BATCHES = 4  # of a step that is only tried
 _AUTO_SIZE = 32
 
 
+@contextmanager
+def keeping_modes(module: nn.Module) -> Iterator[None]:
+    """After it every part is in the mode, of training or of evaluation, that it was in."""
+    modes = [(part, part.training) for part in module.modules()]
+    try:
+        yield
+    finally:
+        for part, was_training in modes:
+            part.training = was_training
+
+
 class Batch(NamedTuple):
     """Training samples as the model is given them."""
 
@@ -174,16 +185,13 @@ class Job:
         tensors = [*self.module.parameters(), *self.module.buffers()]
         before = [tensor.detach().clone() for tensor in tensors]
         state = copy.deepcopy(self.optimizer.state_dict())
-        modes = [(module, module.training) for module in self.module.modules()]
-        if not uses_dropout:
-            for module in self.module.modules():
-                if isinstance(module, _DropoutNd):
-                    module.eval()
         try:
-            yield
+            with keeping_modes(self.module):
+                for module in self.module.modules():
+                    if isinstance(module, _DropoutNd) and not uses_dropout:
+                        module.eval()
+                yield
         finally:
-            for module, was_training in modes:
-                module.training = was_training
             self.optimizer.zero_grad(set_to_none=True)
             self.optimizer.load_state_dict(state)
             with torch.no_grad():

@@ -29,11 +29,11 @@ def page(rows: Sequence[Row], report: Report) -> str:
         for finding in sorted(report.findings, key=lambda one: one.severity):
             cells.append((finding.severity, finding.name,
                           f"{_sentence(finding.found)}\nTo do: {_sentence(finding.advice)}"))
-        lines += _wrapped(cells, width)
+        lines += [*_wrapped(cells, width), ""]
     number = len(report.findings)
-    lines += ["" if report.findings else None,
-              f"{number or 'no'} finding{'' if number == 1 else 's'}, after {report.spent:.1f} s"]
-    return "\n".join(line for line in lines if line is not None)
+    lines.append(
+        f"{number or 'no'} finding{'' if number == 1 else 's'}, after {report.spent:.1f} s")
+    return "\n".join(lines)
 
 
 def _sentence(text: str) -> str:

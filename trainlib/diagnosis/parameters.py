@@ -88,7 +88,7 @@ def _check_frozen(job: Job, report: Report) -> None:
             f"{len(other)} parameters are not trained though model.freeze names none of them: "
             f"{some(other)}",
             "remove requires_grad = False from the net's code, or, if it is meant, name them: "
-            f"--model.freeze '[{layer_of(other[0])}*]'")
+            f"--model.freeze '[{_layer_of(other[0])}*]'")
     if asked and not job.is_pretrained():
         report.error(
             "frozen by mistake",
@@ -96,6 +96,6 @@ def _check_frozen(job: Job, report: Report) -> None:
             "give --model.init_from a file or a run, or leave model.freeze out")
 
 
-def layer_of(name: str) -> str:
-    """What a parameter's name begins with."""
+def _layer_of(name: str) -> str:
+    """What a parameter's name begins with: its layer's and a dot, or all of it."""
     return name.rpartition(".")[0] + "." if "." in name else name

@@ -25,6 +25,6 @@ from trainlib.distillation.teachers import Teachers, losses_of_trial, student_ar
 __all__ = [
     "Both", "Comparison", "DistillOptions", "FeatureLosses", "SoftLoss", "StoredOutputs",
     "Teachers", "build_teachers", "check_cache", "kd_items", "logged_losses", "loss_parts",
-    "losses_of_trial",
-    "of_teachers", "plan_jobs", "results_alone", "run_jobs", "student_arguments", "summarize",
+    "losses_of_trial", "of_teachers", "plan_jobs", "results_alone", "run_jobs",
+    "student_arguments", "summarize",
 ]

@@ -102,7 +102,7 @@ class TeacherCache:
             missing.append(number)
         if missing:  # what is complete may be read-only
             durable.remove_leftovers(self.folder)
-            durable.write_text(self.folder / _HEADER, json.dumps(self._header, indent=1) + "\n")
+            durable.write_text(self.folder / _HEADER, durable.as_json(self._header))
         return missing
 
     def _check_header(self) -> None:

@@ -9,7 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from trainlib.distillation.objective import Hidden, gives_hidden, rows_of, token_chunks
+from trainlib.distillation.objective import (
+    Hidden,
+    gives_hidden,
+    rows_of,
+    token_chunks,
+    token_rows,
+)
 from trainlib.losses import cross_entropy, is_valid
 from trainlib.metrics import sum_dtype
 
@@ -111,12 +117,7 @@ def _token_chunks(
     task: Task, student: Any, taught: Any
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Rows of tokens with both logits [tokens, vocab_size], a few at a time."""
-    if isinstance(student, Mapping) and "hidden" in student:
-        hidden, head = student["hidden"].flatten(0, 1), student["head"]
-    else:
-        hidden, head = task.pick(student).flatten(0, 1), None
-    if isinstance(taught, Hidden):
-        taught = taught._replace(hidden=[one.flatten(0, 1) for one in taught.hidden])
+    hidden, head, taught = token_rows(task, student, taught)
     for rows in token_chunks(len(hidden), task.vocab_size):
         logits = hidden[rows] if head is None else functional.linear(
             hidden[rows].to(head.dtype), head)

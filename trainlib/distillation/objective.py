@@ -129,12 +129,7 @@ class SoftLoss:
     def _token_losses(self, output: Any, taught: Any, target: Tensor) -> tuple[Tensor, Tensor]:
         """Chunk by chunk; [batch, tokens] each."""
         target_rows = target.flatten()
-        if isinstance(output, Mapping) and "hidden" in output:
-            hidden, head = output["hidden"].flatten(0, 1), output["head"]
-        else:  # the net gives logits only: at least the rest is done in chunks
-            hidden, head = self.task.pick(output).flatten(0, 1), None
-        if isinstance(taught, Hidden):
-            taught = taught._replace(hidden=[one.flatten(0, 1) for one in taught.hidden])
+        hidden, head, taught = token_rows(self.task, output, taught)
         hard, soft = [], []
         for rows in token_chunks(len(target_rows), self.task.vocab_size):
             of_chunk = checkpoint(
@@ -157,6 +152,18 @@ class SoftLoss:
         return hard, self._soft(student[:, : self.task.vocab_size], taught, target)
 
 
+def token_rows(task: Task, output: Any, taught: Any) -> tuple[Tensor, Tensor | None, Any]:
+    """With a row for each token: the student's hidden states and their matrix, or its logits and
+    None where it gives those only; and what the teachers say."""
+    if isinstance(output, Mapping) and "hidden" in output:
+        hidden, head = output["hidden"].flatten(0, 1), output["head"]
+    else:
+        hidden, head = task.pick(output).flatten(0, 1), None
+    if isinstance(taught, Hidden):
+        taught = taught._replace(hidden=[one.flatten(0, 1) for one in taught.hidden])
+    return hidden, head, taught
+
+
 def token_chunks(num_tokens: int, vocab_size: int) -> Iterator[slice]:
     """The rows of tokens whose logits are made at a time: the same on any machine."""
     at_a_time = max(1, _CHUNK_BYTES // (4 * vocab_size))
@@ -170,7 +177,7 @@ def gives_hidden(module: nn.Module) -> bool:
 
 
 def rows_of(taught: Any, rows: slice) -> Any:
-    """The same for some tokens."""
+    """Of what teachers say to tokens, by rows, that to some of them."""
     if isinstance(taught, Hidden):
         return taught._replace(hidden=[one[rows] for one in taught.hidden])
     if isinstance(taught, TopK):

@@ -9,6 +9,9 @@ features takes ``(student, teacher)`` and returns one value a sample.
 A term returns one value an item, in fp32 whatever the precision of the models. Nothing here
 averages over items: the script divides one sum by the global count, once. Nothing detaches the
 teacher, nothing waits for a GPU, and no shape depends on the data.
+
+Terms over logits and numbers are in ``terms``, those that correlate in ``correlation``, those over
+features in ``features``; ``teachers`` makes one teacher of several, and less of one.
 """
 
 from trainlib.kd_losses.correlation import dist, standardize

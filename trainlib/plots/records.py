@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -197,11 +198,7 @@ def read_curves(run: Path) -> Curves:
 
 def read_records(file: Path) -> Iterator[dict[str, Any]]:
     """The whole lines of a file of records, in their order; none where it cannot be read."""
-    try:
-        lines = file.open("rb")
-    except OSError:
-        return
-    with lines:
+    with suppress(OSError), file.open("rb") as lines:
         for line in lines:
             record = _record(line)
             if record is not None:

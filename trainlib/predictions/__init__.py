@@ -1,14 +1,15 @@
 """What the best weights say to every sample of the validation split, and some of them to look at.
 
-``evaluate`` runs ``records`` over the split; ``write`` leaves in the run folder predictions.csv,
-examples/ (examples.json, and a PNG for an image) and, of a language model, loss_by_position.csv.
+``evaluate`` runs ``records`` over the split (``rows``); ``write`` leaves in the run folder
+predictions.csv, examples/ (``examples``: examples.json, and a PNG for an image) and, of a language
+model, loss_by_position.csv. Of other data than the run's, ``table`` has the lines, and ``places``
+says where they may be written.
 """
 
 from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
@@ -22,7 +23,7 @@ from torch import nn
 
 from trainlib import durable, shards
 from trainlib.predictions.examples import Inputs, choose, render
-from trainlib.predictions.rows import Prediction, Recorder, as_text
+from trainlib.predictions.rows import Prediction, Recorder, as_number, as_text
 
 if TYPE_CHECKING:
     from trainlib.data import Dataset, EvalReader
@@ -95,7 +96,7 @@ def _write_tables(
     folder: Path, said: Mapping[str, dict[str, Any]], tasks: list[Task], rows: list[int]
 ) -> None:
     lines = (
-        (*line[:4], _short(line.confidence), _short(line.loss)) for task in tasks
+        line.cells() for task in tasks
         for row, numbers in zip(rows, said[task.name]["rows"], strict=True)
         for line in as_text(task, row, numbers.tolist())
     )
@@ -103,7 +104,7 @@ def _write_tables(
     for positions in (found["positions"] for found in said.values() if "positions" in found):
         sums, counts = positions
         means = np.divide(sums, counts, out=np.full(len(sums), np.nan), where=counts > 0)
-        lines = zip(range(1, len(sums) + 1), counts.astype(int), map(_short, means), strict=True)
+        lines = zip(range(1, len(sums) + 1), counts.astype(int), map(as_number, means), strict=True)
         durable.write_text(folder / _POSITIONS, _csv(("position", "tokens", "loss"), lines))
 
 
@@ -116,7 +117,7 @@ def _write_examples(folder: Path, found: list[tuple[dict[str, Any], bytes | None
         if picture is not None:
             entry["image"] = f"{number:03d}.png"
             writers[entry["image"]] = partial(_write_bytes, picture)
-    text = json.dumps([entry for entry, _ in found], indent=1) + "\n"
+    text = durable.as_json([entry for entry, _ in found])
     writers["examples.json"] = partial(_write_bytes, text.encode())
     durable.write_folder(folder, writers, with_manifest=False)
 
@@ -131,7 +132,3 @@ def _csv(columns: Iterable[str], rows: Iterable[Iterable]) -> str:
     writer.writerow(columns)
     writer.writerows(rows)
     return table.getvalue()
-
-
-def _short(number: float) -> str:
-    return "" if number != number else f"{number:.9g}"

@@ -34,6 +34,10 @@ class Prediction(NamedTuple):
     loss: float
     """Mean over what the sample has of targets; NaN if it has none."""
 
+    def cells(self) -> tuple[int | str, ...]:
+        """As a line of the table has it; NaN is empty."""
+        return (*self[:4], as_number(self.confidence), as_number(self.loss))
+
 
 class Recorder:
     """One task, whose every sample is written down: what ``evaluate`` wants of a task.
@@ -163,11 +167,11 @@ def as_text(task: Task, row: int, numbers: Sequence[float]) -> list[Prediction]:
     asked, said = rest[: len(rest) // 2], rest[len(rest) // 2 :]
     if task.kind == "regression" and len(asked) > 1:
         return [
-            Prediction(row, f"{task.name}/{column}", _number(a), _number(b), confidence, loss)
+            Prediction(row, f"{task.name}/{column}", as_number(a), as_number(b), confidence, loss)
             for column, a, b in zip(task.label_names, asked, said, strict=True)
         ]
     words = {"classification": _class_name, "multilabel": _label_names,
-             "regression": lambda task, numbers: _number(numbers[0])}
+             "regression": lambda task, numbers: as_number(numbers[0])}
     if task.kind in words:
         target, prediction = (words[task.kind](task, numbers) for numbers in (asked, said))
     else:
@@ -197,5 +201,6 @@ def _label_names(task: Task, numbers: Sequence[float]) -> str:
                     if number == 1)
 
 
-def _number(value: float) -> str:
+def as_number(value: float) -> str:
+    """A number with the nine digits that tell fp32 apart; NaN is empty."""
     return "" if value != value else f"{value:.9g}"

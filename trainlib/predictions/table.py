@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -30,8 +29,7 @@ def lines(
                 if place in found["not_finite"]:
                     yield (*line[:3], "", "", "", _file(fresh, row), NOT_FINITE)
                     continue
-                yield (*line[:4], _short(line.confidence), _short(line.loss),
-                       _file(fresh, row), "")
+                yield (*line.cells(), _file(fresh, row), "")
     for row, why in sorted(fresh.unread.items()):
         yield (row, "", "", "", "", "", _file(fresh, row), why)
 
@@ -44,7 +42,3 @@ def _without_mask(task: Task, line: Prediction, shares: list[float]) -> Predicti
 
 def _file(fresh: Fresh, row: int) -> str:
     return (fresh.files[row] or "") if fresh.files else ""
-
-
-def _short(number: float) -> str:
-    return "" if math.isnan(number) else f"{number:.9g}"

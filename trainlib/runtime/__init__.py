@@ -1,6 +1,6 @@
-"""Where a run runs: the Accelerator (``machine``), the run's folder (``folder``) and its lock
-(``lock``), restarts by a launcher (``restarts``), signals and what processes ask of one another
-(``signals``), hangs (``watchdog``), the exit (``entry``)."""
+"""Where a run runs: the Accelerator (``machine``), the run's folder (``folder``), its lock
+(``lock``) and whose recipe it holds (``recipes``), restarts by a launcher (``restarts``), signals
+and what processes ask of one another (``signals``), hangs (``watchdog``), the exit (``entry``)."""
 
 from trainlib.runtime.entry import run
 from trainlib.runtime.folder import RunFolder

@@ -35,6 +35,10 @@ def run(main: Callable[[list[str]], None]) -> None:
         signals.end()
         is_text = isinstance(exit_request.code, str)
         code, reason = (1, exit_request.code) if is_text else (exit_request.code or 0, None)
+        if is_text:
+            terminal.end()
+            with suppress(OSError):
+                print(reason, file=sys.stderr)  # as Python would, which is given the code only
     except (Exception, KeyboardInterrupt) as error:
         signals.end()
         terminal.end()

@@ -17,7 +17,7 @@ from trainlib.config import UserError, flatten, is_first_process, parse_yaml
 from trainlib.credentials import redact
 from trainlib.memory import OutOfMemory
 from trainlib.runtime.lock import RunLock, may_be_held, not_writable
-from trainlib.runtime.machine import as_text, describe_machine, now
+from trainlib.runtime.machine import describe_machine, now
 from trainlib.runtime.recipes import change_of_length, differences_between
 from trainlib.runtime.restarts import refuse_restart
 from trainlib.runtime.signals import Preempted
@@ -192,7 +192,7 @@ class RunFolder:
         machine = describe_machine(accelerator)
         start = {"time": now(), "step": step, "processes": machine["world_size"]}
         machine["starts"] = [*durable.read_json(self.path / _ENVIRONMENT).get("starts", []), start]
-        self._of_the_start = {"config.yaml": config, _ENVIRONMENT: as_text(machine)}
+        self._of_the_start = {"config.yaml": config, _ENVIRONMENT: durable.as_json(machine)}
         for name, text in self._of_the_start.items():
             durable.write_text(self.path / name, text)
 
@@ -200,7 +200,7 @@ class RunFolder:
         """Writes a file of JSON into the folder; says so if it cannot."""
         if self.is_main:
             try:
-                durable.write_text(self.path / name, as_text(content))
+                durable.write_text(self.path / name, durable.as_json(content))
             except OSError as error:
                 terminal.say(f"{name}: not written ({error.strerror or error})")
 

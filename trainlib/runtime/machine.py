@@ -1,11 +1,10 @@
-"""Accelerator set-up and refusals.
+"""The Accelerator's set-up and refusals, the seeding of its device, and a description of all that.
 
 What can go wrong before a run starts is refused here in one line each, because Accelerate lets
 each of these pass in silence and trains something else than was asked for.
 """
 
 import ctypes
-import json
 import os
 import platform
 import subprocess
@@ -14,7 +13,6 @@ import warnings
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
 
 import accelerate
 import torch
@@ -160,11 +158,6 @@ def describe_machine(accelerator: Accelerator) -> dict:
         "mixed_precision": accelerator.mixed_precision,
         "deterministic": torch.are_deterministic_algorithms_enabled(),
     }
-
-
-def as_text(content: dict[str, Any]) -> str:
-    """A file of JSON, for people too."""
-    return json.dumps(content, indent=1) + "\n"
 
 
 def now() -> str:

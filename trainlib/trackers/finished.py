@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trainlib import durable
+
 if TYPE_CHECKING:
     from trainlib.trackers.mirror import Trackers
 
@@ -30,8 +32,8 @@ def hand_over(trackers: Trackers, run: Path, pictures: Iterable[Path]) -> None:
     rates = _read_csv(run / "lr_find.csv")
     trackers.chart("lr_find_curve", "line", ["lr", "loss", "curve"],
                    [[float(row["lr"]), float(row["loss"]), "mean"] for row in rates])
-    labels = _read_json(run / "best" / "labels.json") or {}
-    for task, result in (_read_json(run / "best" / "evaluation.json") or {}).items():
+    labels = durable.read_json(run / "best" / "labels.json")
+    for task, result in durable.read_json(run / "best" / "evaluation.json").items():
         counts, names = result.get("confusion") or [], labels.get(task)
         if len(counts) <= _MOST_CLASSES:
             names = names if isinstance(names, list) else range(len(counts))
@@ -45,7 +47,7 @@ def hand_over(trackers: Trackers, run: Path, pictures: Iterable[Path]) -> None:
         trackers.table("per_class", list(classes[0]), [
             [cell if name in _NAMES else _as_number(cell) for name, cell in row.items()]
             for row in classes])
-    examples = _read_json(run / "examples" / "examples.json") or []
+    examples = _read_examples(run / "examples" / "examples.json")
     for task in dict.fromkeys(entry["task"] for entry in examples):
         entries = [entry for entry in examples if entry["task"] == task]
         what = "image" if "image" in entries[0] else "text"
@@ -65,11 +67,11 @@ def _read_csv(file: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(lines))
 
 
-def _read_json(file: Path) -> Any:
+def _read_examples(file: Path) -> list[dict[str, Any]]:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):  # missing, or damaged since it was written
-        return None
+        return []
 
 
 def _as_number(cell: str) -> float | str | None:

@@ -99,7 +99,7 @@ class Trackers:
         histograms = {} if self._histograms is None else self._histograms.pop(step)
         if not histograms:
             return
-        self._new(histograms, lambda tracker: tracker.histograms(step, histograms), step)
+        self._add_missing(histograms, lambda tracker: tracker.histograms(step, histograms), step)
 
     def summary(self, values: Mapping[str, float]) -> None:
         """Sets numbers that stand for the whole run."""
@@ -116,11 +116,11 @@ class Trackers:
 
     def images(self, images: Mapping[str, Path]) -> None:
         """Adds pictures by name, at the last step, where they are not there already."""
-        self._new(images, lambda tracker: tracker.images(images))
+        self._add_missing(images, lambda tracker: tracker.images(images))
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence]) -> None:
         """Adds a table at the last step; a cell may be a number, a text or the path of a PNG."""
-        self._new([name], lambda tracker: tracker.table(name, columns, rows))
+        self._add_missing([name], lambda tracker: tracker.table(name, columns, rows))
 
     def chart(
         self, name: str, kind: str, columns: Sequence[str], rows: Sequence[Sequence]
@@ -128,7 +128,7 @@ class Trackers:
         """Adds a chart that is drawn from a table, ``line`` or ``confusion``, if it has rows (W&B
         only)."""
         if rows:
-            self._new([name], lambda tracker: tracker.chart(name, kind, columns, rows))
+            self._add_missing([name], lambda tracker: tracker.chart(name, kind, columns, rows))
 
     def artifact(
         self, name: str, folder: Path, aliases: Sequence[str], metadata: Mapping[str, Any]
@@ -176,16 +176,16 @@ class Trackers:
         if not tracker.has(record):
             tracker.log(record)
 
-    def _new(
+    def _add_missing(
         self, names: Iterable[str], act: Callable[[Tracker], object], step: int | None = None
     ) -> None:
         """Adds what has these names to each tracker that does not have it at that step, or at the
         last one, from before an interruption; what cannot be added costs no more than itself."""
         def add(tracker: Tracker) -> None:
             keys = dict.fromkeys(names, 0.0) | {"step": tracker.step if step is None else step}
-            # The end of a run is not part of its records: most trackers cannot tell.
-            is_there = tracker.has(keys) if step is not None or tracker.knows_keys else False
-            if is_there:
+            # The end of a run is not part of its records: of it most trackers cannot tell.
+            can_tell = step is not None or tracker.knows_keys
+            if can_tell and tracker.has(keys):
                 return
             try:
                 act(tracker)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -108,10 +107,9 @@ class Trackio(Tracker):
         # Runs of one name are one run to trackio: another folder's, or this one's before it was
         # removed, must not be gone on with.
         file = folder / "trackio_run.json"
-        try:
-            self.run_name = json.loads(file.read_text(encoding="utf-8"))["name"]
-        except (OSError, ValueError, LookupError, TypeError):
-            self.run_name += f"-{secrets.token_hex(3)}"
+        former = durable.read_json(file).get("name")
+        self.run_name = former or f"{self.run_name}-{secrets.token_hex(3)}"
+        if not former:
             durable.write_text(file, json.dumps({"name": self.run_name}) + "\n")
 
     def settings(self) -> dict[str, Any]:
@@ -154,7 +152,8 @@ class TensorBoard(Tracker):
     def __init__(self, folder: Path, options: LogOptions, first_step: int):
         super().__init__(folder, options, first_step)
         self.project = "tensorboard"  # to Accelerate the name of a folder in the run's
-        if any(os.scandir(folder / self.project)) if (folder / self.project).is_dir() else False:
+        logs = folder / self.project
+        if logs.is_dir() and any(logs.iterdir()):
             self._last_known = first_step
 
     def settings(self) -> dict[str, Any]:

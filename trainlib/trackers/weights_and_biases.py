@@ -180,12 +180,11 @@ class WeightsAndBiases(Tracker):
 def _run_id(folder: Path) -> str:
     """The id of this folder's run: the one that was saved, a sweep's, or a new one."""
     file = folder / _ID_FILE
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))["id"]
-    except (OSError, ValueError, LookupError, TypeError):
-        run_id = os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
+    former = durable.read_json(file).get("id")
+    run_id = former or os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
+    if not former:
         durable.write_text(file, json.dumps({"id": run_id}) + "\n")
-        return run_id
+    return run_id
 
 
 def _last_written(folder: Path, run_id: str) -> tuple[int, set[str]]:
