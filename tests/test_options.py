@@ -114,7 +114,8 @@ SHOWN_BY = {
     "test_models.py": {
         "test_what_is_frozen_keeps_its_weights_and_statistics_in_training":
             "model.init_from model.freeze",
-        "test_a_compiled_run_and_one_in_channels_last_are_the_same_to_rounding": "model.channels_last",
+        "test_a_compiled_run_and_one_in_channels_last_are_the_same_to_rounding":
+            "model.channels_last",
         "test_gradient_checkpointing_recomputes_the_same_gradients": "model.gradient_checkpointing",
     },
     "test_predictions.py": {
