@@ -15,6 +15,7 @@ os.environ |= {
     "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "MPLBACKEND": "Agg",
     "ACCELERATE_USE_CPU": "true",
 }
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # hundreds of processes import the same
 
 
 @pytest.fixture

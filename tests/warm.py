@@ -33,6 +33,7 @@ def _run(
     os.environ.update(environment)
     for stream, output in enumerate(outputs, start=1):
         os.dup2(os.open(output, os.O_WRONLY | os.O_APPEND), stream)
+    sys.dont_write_bytecode = False  # or each process compiles all of trainlib anew: 0.4 s
     os.chdir(ROOT)
     sys.path[:] = [str((ROOT / script).parent), *sys.path]
     sys.argv = [script, *arguments]
