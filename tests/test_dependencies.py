@@ -17,6 +17,7 @@ ASKED_FOR = {
     "ruff": (".ci/run", "ruff check"), "mypy": (".ci/run", "mypy"),
     "pytest-xdist": ("pyproject.toml", "-n 2"), "pytest-timeout": ("pyproject.toml", "--timeout"),
     "tensorboard": ("trainlib/trackers/others.py", 'name = "tensorboard"'),
+    "onnx": ("trainlib/export.py", "torch.onnx"),
     "onnxscript": ("trainlib/export.py", "torch.onnx"),
 }
 # What others cannot do without, and so bring: from a package to the requirement that names it.

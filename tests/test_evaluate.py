@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 from accelerate import Accelerator
-from launching import launch, load
+from launching import load
 from torch import nn
+from warm import fork
 
 from trainlib import data, models, tasks
 from trainlib.evaluate import evaluate, inspect_step
@@ -59,7 +60,7 @@ def test_one_two_and_three_processes_give_the_same_bits(tmp_path):
     written = []
     for processes in (1, 2, 3):
         file = tmp_path / f"{processes}.json"
-        result = launch([str(file)], processes, script="tests/evaluate_sizes.py")
+        result = fork([str(file)], processes, script="tests/evaluate_sizes.py")
         assert file.exists(), result.stdout + result.stderr
         written.append(json.loads(file.read_text()))
     assert [entry["size"] for entry in written[0]] == SIZES

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from launching import ROOT, launch, train
+from launching import ROOT, train
 from PIL import Image
 from warm import fork
 
@@ -164,7 +164,7 @@ def test_a_signal_in_the_last_pass_ends_it_and_the_same_command_makes_it(tmp_pat
              "20 steps", "--batch.eval_size", "16"]
     script = tmp_path / "signalled.py"
     script.write_text(SIGNALLED.format(root=str(ROOT)))
-    stopped = launch(flags, script=str(script))
+    stopped = fork(flags, script=str(script))
     run = tmp_path / "run"
     assert stopped.returncode == 75 and "stopped by a signal at step 20 of 20" in stopped.stderr
     assert (run / "final").exists() and not (run / "predictions.csv").exists()

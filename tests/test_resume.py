@@ -25,7 +25,8 @@ GPT = ["--data.source", "builtin:pydocs", "--data.tokenizer", "bytes", "--data.b
 
 def struck(folder: Path, strike: str, *flags: str, processes: int = 1) -> dict:
     """A run that is struck as tests/struck_train.py says, and its exit.json, if it wrote one."""
-    run = fork if strike.startswith("SIGKILL") else launch
+    # Of several that stop by a signal, a fork's fellows would be killed with the first that ends.
+    run = fork if strike.startswith("SIGKILL") or processes == 1 else launch
     result = run(["--run_dir", str(folder), *LENGTH, *flags], processes,
                  script="tests/struck_train.py", STRIKE=strike)
     assert folder.with_name(f"{folder.name}.struck").exists(), result.stdout + result.stderr

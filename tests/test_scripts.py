@@ -137,7 +137,8 @@ def test_unknown_names_are_reported_together():
 @pytest.mark.parametrize("processes", [1, 2])
 def test_many_mistakes_end_with_code_2_in_lines_without_a_traceback(tmp_path, processes):
     flags = ["--batch.micro_size", "65", "--optim.lrr", "1"]
-    result = launch(["--run_dir", str(tmp_path / "run"), *flags], processes)
+    run = fork if processes == 1 else launch
+    result = run(["--run_dir", str(tmp_path / "run"), *flags], processes)
     assert result.returncode == (2 if processes == 1 else 1)  # torchrun answers 1 for any failure
     ours = [line for line in result.stderr.splitlines() if "batch.micro_size: 65" in line]
     assert len(ours) == 1  # one process speaks
@@ -168,7 +169,7 @@ def test_bad_input_is_refused_before_anything_is_written(tmp_path, monkeypatch, 
 def test_launches_that_would_train_something_else_are_refused_in_one_line(
     tmp_path, environment, message
 ):
-    result = launch(["--run_dir", str(tmp_path / "run")], **environment)
+    result = fork(["--run_dir", str(tmp_path / "run")], **environment)
     assert result.returncode == 2
     [line] = [text for text in result.stderr.splitlines() if text.startswith("train.py:")]
     assert message in line and "Traceback" not in result.stderr
@@ -267,8 +268,8 @@ def wandb_steps(run):
 def test_wandb_gets_the_records_offline_and_one_line_says_so(tmp_path):
     for processes in (1, 2):
         run = tmp_path / str(processes)
-        result = launch(["--run_dir", str(run), *QUICK], processes, WANDB_MODE=None,
-                        WANDB_API_KEY=None, NETRC=str(tmp_path / "none"), HOME=str(tmp_path))
+        result = fork(["--run_dir", str(run), *QUICK], processes, WANDB_MODE=None,
+                      WANDB_API_KEY=None, NETRC=str(tmp_path / "none"), HOME=str(tmp_path))
         assert json.loads((run / "exit.json").read_text())["code"] == 0, result.stderr
         output = (result.stdout + result.stderr).splitlines()
         lines = [line for line in output if line.startswith("wandb")]
@@ -281,12 +282,12 @@ def test_wandb_gets_the_records_offline_and_one_line_says_so(tmp_path):
 
 
 def test_a_tracker_that_fails_changes_nothing(tmp_path):
-    failing = launch(["--run_dir", str(tmp_path / "failing"), *QUICK], script="tests/no_tracker.py")
+    failing = fork(["--run_dir", str(tmp_path / "failing"), *QUICK], script="tests/no_tracker.py")
     assert failing.returncode == 0, failing.stderr
     assert len(re.findall("tracker:", failing.stdout)) == 1
     assert_same_run(tmp_path / "failing", train(tmp_path / "none", *QUICK))
-    logging = launch(["--run_dir", str(tmp_path / "logging"), *QUICK, "--log.every", "1"],
-                     script="tests/no_tracker.py", FAIL_AT="log")
+    logging = fork(["--run_dir", str(tmp_path / "logging"), *QUICK, "--log.every", "1"],
+                   script="tests/no_tracker.py", FAIL_AT="log")
     assert len(re.findall("tracker: stopped", logging.stdout)) == 1
     assert (tmp_path / "logging" / "exit.json").exists()
 
@@ -304,7 +305,7 @@ def test_recipes_train(tmp_path, recipe, monkeypatch):
                 "text_classification": "characters.csv"}
     sources = {}
     if recipe.stem in examples:
-        result = launch([str(tmp_path)], script="recipes/example_data.py")
+        result = fork([str(tmp_path)], script="recipes/example_data.py")
         assert result.returncode == 0, result.stderr
         sources = {"source": examples[recipe.stem]}
     if recipe.stem == "text_classification":

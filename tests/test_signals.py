@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from launching import launch
+from warm import fork
 
 from trainlib.runtime.signals import SIGNALS, Preempted, Requests, Signals
 
@@ -328,7 +328,7 @@ def test_alone_a_process_agrees_with_itself():
 
 
 def test_one_signalled_process_of_two_stops_both_at_the_same_call(tmp_path):
-    result = launch([str(tmp_path)], 2, script="tests/agree_requests.py")
+    result = fork([str(tmp_path)], 2, script="tests/agree_requests.py")
     files = sorted(tmp_path.glob("*.json"))
     assert len(files) == 2, result.stdout + result.stderr
     main, signalled = (json.loads(file.read_text()) for file in files)

@@ -11,8 +11,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from launching import launch, load
+from launching import load
 from PIL import Image
+from warm import fork
 
 from trainlib.config import UserError
 from trainlib.data import DataOptions
@@ -296,8 +297,8 @@ def test_a_user_reads_one_line_and_exit_code_2(tmp_path):
          ["--data.in_memory", "false", "--data.normalize", "false"]),
         ("torn.parquet", "magic bytes", []),  # datasets logs what it raises
     ):
-        result = launch(["--data.source", str(tmp_path / source), "--data.workers", "2",
-                         "--log.trackers", "[]", "--run_dir", str(tmp_path / "run"), *flags],
-                        HF_DATASETS_CACHE=str(tmp_path / "cache"))
+        result = fork(["--data.source", str(tmp_path / source), "--data.workers", "2",
+                       "--log.trackers", "[]", "--run_dir", str(tmp_path / "run"), *flags],
+                      HF_DATASETS_CACHE=str(tmp_path / "cache"))
         assert result.returncode == 2 and told in result.stderr
         assert result.stderr.count("\n") == 1 and result.stderr.startswith("train.py: ")

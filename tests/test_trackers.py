@@ -13,7 +13,7 @@ import pytest
 import torch
 import wandb
 import yaml
-from launching import ROOT, assert_same_run, launch, records, train
+from launching import ROOT, assert_same_run, records, train
 from PIL import Image
 from warm import fork
 
@@ -88,8 +88,8 @@ def assert_every_record_once(run: Path) -> None:
 
 def stand_ins(folder: Path, trackers: str, *flags: str, **environment: str):
     names = [words.split()[0] for words in trackers.split(",")]
-    return launch(["--run_dir", str(folder), "--log.trackers", f"[{', '.join(names)}]", *SHORT,
-                   *flags], script="tests/fake_trackers.py", TRACKERS=trackers, **environment)
+    return fork(["--run_dir", str(folder), "--log.trackers", f"[{', '.join(names)}]", *SHORT,
+                 *flags], script="tests/fake_trackers.py", TRACKERS=trackers, **environment)
 
 
 def test_a_run_is_in_wandb_as_it_is_in_its_folder(tmp_path, bare):
@@ -241,8 +241,8 @@ def test_a_killed_and_continued_run_has_every_step_once(tmp_path, bare, pause):
 
 def test_a_stopped_run_is_marked_as_preempted_and_goes_on(tmp_path, bare):
     run = tmp_path / "run"
-    stopped = launch(["--run_dir", str(run), *SHORT], script="tests/struck_train.py",
-                     STRIKE="SIGTERM step 30")
+    stopped = fork(["--run_dir", str(run), *SHORT], script="tests/struck_train.py",
+                   STRIKE="SIGTERM step 30")
     assert stopped.returncode == 75, stopped.stderr
     items = contents(run)
     assert [item["exit_code"] for item in of_type(items, "exit")] == [75]
@@ -386,8 +386,8 @@ def test_a_package_that_is_missing_is_named(tmp_path, monkeypatch):
 
 
 def test_a_server_that_does_not_answer_costs_a_while_and_the_run_is_logged_offline(tmp_path):
-    result = launch(["--run_dir", str(tmp_path / "run"), *SHORT], WANDB_MODE=None,
-                    WANDB_API_KEY="CANARY" * 7, WANDB_BASE_URL="http://127.0.0.1:9")
+    result = fork(["--run_dir", str(tmp_path / "run"), *SHORT], WANDB_MODE=None,
+                  WANDB_API_KEY="CANARY" * 7, WANDB_BASE_URL="http://127.0.0.1:9")
     assert result.returncode == 0, result.stderr
     [line] = [line for line in result.stdout.splitlines() if line.startswith(("wandb", "tracker"))]
     assert "not started" in line and "wandb sync" in line and "wandb leet" in line
@@ -582,9 +582,9 @@ def test_trackio_has_every_record_once_after_a_stop(tmp_path, monkeypatch):
     environment = {"TRACKIO_DIR": str(tmp_path / "trackio")}
     run, flags = tmp_path / "run", [*SHORT, "--log.trackers", "[trackio]",
                                     "--log.histograms", "20 steps"]
-    launch(["--run_dir", str(run), *flags], script="tests/struck_train.py",
-           STRIKE="SIGTERM step 37", **environment)
-    result = launch(["--run_dir", str(run), *flags], **environment)
+    fork(["--run_dir", str(run), *flags], script="tests/struck_train.py",
+         STRIKE="SIGTERM step 37", **environment)
+    result = fork(["--run_dir", str(run), *flags], **environment)
     assert result.returncode == 0 and "tracker:" not in result.stdout, result.stdout + result.stderr
     code = ("import json; from trackio.sqlite_storage import SQLiteStorage as s; "
             "print(json.dumps(s.get_logs('one-curve', 'run'), default=str))")

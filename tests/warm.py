@@ -55,11 +55,12 @@ def _run(
 
 def fork(
     arguments: list[str], processes: int = 1, script: str = "train.py",
-    terminal: Path | None = None, **environment: str,
+    terminal: Path | None = None, **environment: str | None,
 ) -> subprocess.CompletedProcess:
     """Runs a script on so many CPU processes, of whose ranks this process keeps the store.
 
-    Their output is in the result, unless they are given a terminal to write to.
+    Their output is in the result, unless they are given a terminal to write to. A variable given
+    as None is unset.
     Where one fails, the others are killed, and its exit code is the result's (negative: a signal).
     """
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -74,6 +75,7 @@ def fork(
                       "MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": True}
             variables = {k: str(v) for k, v in ranked.items() if processes > 1}
             variables = dict(os.environ) | variables | environment
+            variables = {k: v for k, v in variables.items() if v is not None}
             process = FORKS.Process(target=_run, args=(
                 script, arguments, variables, [terminal] * 2 if terminal else outputs
             ))
