@@ -17,6 +17,19 @@ os.environ |= {
 }
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # hundreds of processes import the same
 
+from trainlib.runtime.watchdog import Watchdog  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def runs_of_this_process_are_not_watched_any_longer(monkeypatch):
+    """A script's ``main`` that a test calls has no end at which its watch ends, too: half an hour
+    later it would end the process of the tests."""
+    started, start = [], Watchdog.start
+    monkeypatch.setattr(Watchdog, "start", lambda self: started.append(self) or start(self))
+    yield
+    for watchdog in started:
+        watchdog.stop()
+
 
 @pytest.fixture
 def image_folder(tmp_path) -> str:

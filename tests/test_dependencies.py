@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 IMPORTED_AS = {"pillow": "PIL", "pyyaml": "yaml", "scikit-learn": "sklearn"}
 # Not imported: commands and plugins, and what another package imports for what we ask of it.
 ASKED_FOR = {
-    "ruff": (".ci/run", "ruff check"), "mypy": (".ci/run", "mypy"),
+    "ruff": (".ci/run", "ruff check"),
     "pytest-xdist": ("pyproject.toml", "-n 2"), "pytest-timeout": ("pyproject.toml", "--timeout"),
     "tensorboard": ("trainlib/trackers/others.py", 'name = "tensorboard"'),
     "onnx": ("trainlib/export.py", "torch.onnx"),
